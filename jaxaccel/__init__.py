@@ -1,0 +1,40 @@
+"""jaxaccel: make JAX networks train faster and ship smaller, with the measured proof.
+
+This file is the table of contents. Every name loads on first use, so that ``import jaxaccel``
+itself imports neither flax nor optax.
+
+>>> import jaxaccel as jx
+>>> sorted(name for name in dir(jx) if not name.startswith("_"))
+['Accelerator', 'augment', 'data', 'distill', 'functional', 'measure', 'nn', 'prune', 'quantize']
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxaccel import augment as augment
+    from jaxaccel import data as data
+    from jaxaccel import distill as distill
+    from jaxaccel import measure as measure
+    from jaxaccel import nn as nn
+    from jaxaccel import prune as prune
+    from jaxaccel import quantize as quantize
+    from jaxaccel._functional import functional as functional
+    from jaxaccel.train import Accelerator as Accelerator
+
+__version__ = "0.1.0"
+
+_MODULES = ("augment", "data", "distill", "measure", "nn", "prune", "quantize")
+_NAMES = {"Accelerator": "train", "functional": "_functional"}
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return import_module(f"jaxaccel.{name}")
+    if name in _NAMES:
+        return getattr(import_module(f"jaxaccel.{_NAMES[name]}"), name)
+    raise AttributeError(f"module 'jaxaccel' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*_MODULES, *_NAMES, "__version__"]

@@ -1,0 +1,47 @@
+"""Eight CPU devices, errors for warnings, and the --device option."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import pytest
+from hypothesis import settings
+
+# No deadline: the first example of each shape pays for a compilation.
+settings.register_profile("jaxaccel", deadline=None, max_examples=25, print_blob=True)
+settings.load_profile("jaxaccel")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("cpu", "gpu"),
+        default="cpu",
+        help="gpu: also run tests/gpu; without a GPU they are reported as not measured",
+    )
+
+
+def _has_gpu() -> bool:
+    try:
+        return bool(jax.devices("gpu"))
+    except RuntimeError:
+        return False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") == "gpu" and _has_gpu():
+        return
+    not_measured = pytest.mark.skip(reason="not measured: needs a GPU and --device gpu")
+    for item in items:
+        if "gpu" in item.path.parts:
+            item.add_marker(not_measured)
+
+
+@pytest.fixture
+def getkey():
+    """A function that gives a fresh random key at each call."""
+    keys = iter(jax.random.split(jax.random.key(0), 100))
+    return lambda: next(keys)
