@@ -1,0 +1,144 @@
+"""What each compression costs in accuracy: the main job over paired seeds, with intervals.
+
+    python -m experiments.accuracy                      # cluttered: hard enough to tell
+    python -m experiments.accuracy --dataset digits     # plain digits saturate
+
+For each seed the networks of `experiments.mnist` are trained with the same initialisation, data
+order and number of steps, beside the controls that should be worse: the student without its
+teacher, and random instead of magnitude masks. Last epoch, not the best; the test set is read
+once per network, when all training of the seed is over. Differences are paired by seed.
+"""
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from matplotlib.figure import Figure
+
+import jaxaccel as jx
+from experiments import common, mnist
+
+# (name of the claim, the one that should be better, the one it is held against)
+CLAIMS = (
+    ("the teacher's help", "distilled", "student"),
+    ("magnitude over random masks", "pruned", "random masks"),
+    ("student for teacher", "distilled", "teacher"),
+    ("80% of the weights removed", "pruned", "distilled"),
+    ("int8 for float32 weights", "int8", "pruned"),
+)
+
+
+def trained(job: mnist.Job, splits: jx.data.Splits) -> list[mnist.Network]:
+    """The main job's networks and the control of its pruning."""
+    found = mnist.networks(job, splits)
+    teacher, student = found[0], found[2]
+    criterion = jx.prune.random(jax.random.key(job.seed))
+    control = mnist.pruned(job, student, teacher, criterion=criterion, name="random masks")
+    return [*found[:4], control, found[4]]
+
+
+def study(splits: jx.data.Splits, epochs: int | None, seeds: range) -> dict[str, list[float]]:
+    """Test accuracies in percent, by network, one for each seed."""
+    accuracies: dict[str, list[float]] = {}
+    for seed in seeds:
+        start = time.perf_counter()
+        job = mnist.Job(splits, epochs, seed, progress=False)
+        for network in trained(job, splits):
+            accuracy = 100 * job.test_metrics(network)[0]
+            accuracies.setdefault(network.name, []).append(accuracy)
+        shown = ", ".join(f"{name} {values[-1]:.2f}" for name, values in accuracies.items())
+        print(f"seed {seed}, {time.perf_counter() - start:.0f} s: {shown}", flush=True)
+    return accuracies
+
+
+def claims(accuracies: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Paired differences in points, with what may be said of them."""
+    found = []
+    for claim, better, worse in CLAIMS:
+        mean, half = jx.measure.paired(accuracies[better], accuracies[worse])[:2]
+        said = "better" if mean > half else "worse" if mean < -half else "no difference shown"
+        found.append(
+            {
+                "claim": claim,
+                "pair": f"{better} - {worse}",
+                "points": mean,
+                "half_width": half,
+                "said": said,
+            }
+        )
+    return found
+
+
+def tables(accuracies: dict[str, list[float]], found: list[dict[str, Any]], style: Any) -> str:
+    rows = []
+    for name, values in accuracies.items():
+        mean, half = jx.measure.interval(values)[:2]
+        rows.append((name, f"{mean:.2f}", f"± {half:.2f}", *(f"{v:.2f}" for v in values)))
+    seeds = [f"seed {i}" for i in range(len(rows[0]) - 3)]
+    first = jx.measure.table(("network", "accuracy, %", "95%", *seeds), rows, style)
+    columns = ("claim", "pair", "points", "95%", "verdict")
+    lines = [
+        (c["claim"], c["pair"], f"{c['points']:+.2f}", f"± {c['half_width']:.2f}", c["said"])
+        for c in found
+    ]
+    return f"{first}\n\n{jx.measure.table(columns, lines, style)}"
+
+
+def plot(path: Path, accuracies: dict[str, list[float]], dataset: str) -> None:
+    figure = Figure(figsize=(8, 3.6))
+    axes = figure.subplots()
+    for i, (_, values) in enumerate(accuracies.items()):
+        mean, half = jx.measure.interval(values)[:2]
+        axes.errorbar(i, mean, half, fmt="o", capsize=6, color="C0")
+        axes.scatter([i] * len(values), values, s=14, color="C1", alpha=0.7, zorder=3)
+    axes.set_xticks(range(len(accuracies)), list(accuracies))
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title(
+        f"{dataset}: mean and 95% interval (blue), each seed (orange)\n{common.machine_line()}",
+        fontsize=9,
+    )
+    axes.grid(alpha=0.3, axis="y")
+    figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.15)
+
+
+def costs(splits: jx.data.Splits) -> tuple[int, int]:
+    """Multiply-accumulates of the teacher and of the student, for one image."""
+    image = jax.ShapeDtypeStruct((1, *splits.train.image.shape[1:]), "float32")
+    pair = (jx.functional(mnist.convnet(splits, 0, separable=s)) for s in (False, True))
+    teacher, student = (jx.measure.macs(fn, params, image) for fn, params in pair)
+    return teacher, student
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser("accuracy", __doc__, "accuracy")
+    parser.add_argument("--dataset", default="cluttered", help="as for experiments.mnist")
+    parser.add_argument("--data-dir", type=Path, help="where mnist or a prepared TFDS set lies")
+    parser.add_argument("--epochs", type=common.positive, help="of each network")
+    parser.add_argument("--seeds", type=partial(common.at_least, 2), default=5)
+    args = parser.parse_args(argv)
+    common.use_device(args.device, parser)
+    splits = mnist.load(args.dataset, args.data_dir, parser)
+    folder = common.make_folder(args.out, parser)
+    start = time.perf_counter()
+    accuracies = study(splits, args.epochs, range(args.seed, args.seed + args.seeds))
+    minutes = (time.perf_counter() - start) / 60
+    found = claims(accuracies)
+    teacher, student = costs(splits)
+    epochs = mnist.Job(splits, args.epochs, 0, progress=False).epochs
+    head = (
+        f"{args.dataset}, {len(splits.test.label):,} test images, {args.seeds} seeds, {epochs} "
+        f"epochs, {minutes:.0f} min; student: {teacher / student:.1f}x fewer multiply-accumulates "
+        f"({student:,} for {teacher:,}); {common.machine_line()}"
+    )
+    print(f"\n{head}\n\n{tables(accuracies, found, 'text')}")
+    text = f"{head}\n\n{tables(accuracies, found, 'markdown')}\n"
+    (folder / f"accuracy-{args.dataset}.md").write_text(text)
+    results = {"about": head, "accuracies": accuracies, "claims": found}
+    common.write_json(folder / f"accuracy-{args.dataset}.json", results)
+    plot(folder / f"accuracy-{args.dataset}.png", accuracies, args.dataset)
+
+
+if __name__ == "__main__":
+    main()

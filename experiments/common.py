@@ -1,0 +1,95 @@
+"""What all experiments share: command line, the machine they ran on, how results are kept."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+
+NOT_MEASURED = "not measured"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def parser(module: str, description: str | None, out: str) -> Parser:
+    """The options that every experiment has."""
+    found = Parser(prog=f"python -m experiments.{module}", description=description)
+    found.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
+    found.add_argument("--seed", type=natural, default=0, help="of initialisation and training")
+    found.add_argument("--out", type=Path, default=Path("out") / out, help="folder for results")
+    return found
+
+
+def at_least(least: int, text: str) -> int:
+    """An integer from `least` on, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text} is below {least}")
+    return value
+
+
+natural, positive = partial(at_least, 0), partial(at_least, 1)
+
+
+def use_device(device: str, parser: Parser) -> None:
+    """Put everything that follows on this kind of device; call it before any other use of JAX."""
+    if device == "auto":
+        return
+    jax.config.update("jax_platforms", "cpu" if device == "cpu" else "cuda")
+    try:
+        jax.devices()
+    except RuntimeError:
+        parser.exit(3, f"{parser.prog}: {NOT_MEASURED}: no {device} was found by JAX\n")
+
+
+def make_folder(path: Path, parser: Parser) -> Path:
+    """Create the folder for results, or exit with one line."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {path}: {error.strerror}")
+    if not os.access(path, os.W_OK):
+        parser.error(f"--out {path}: not writable")
+    return path
+
+
+def machine() -> dict[str, Any]:
+    """Date, device and versions: what a figure means nothing without."""
+    device = jax.devices()[0]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": f"{device.platform}: {device.device_kind}",
+        "cores": os.cpu_count(),
+        "processor": platform.machine(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("jax", "flax", "optax", "jaxaccel")},
+    }
+
+
+def machine_line() -> str:
+    """The same in one line, for tables and plots."""
+    m = machine()
+    return f"{m['device']}, {m['cores']} cores, jax {m['jax']}, flax {m['flax']}, {m['date']}"
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Results beside the machine they were measured on; whole or not at all."""
+    text = json.dumps({"machine": machine(), **results}, indent=2) + "\n"
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)

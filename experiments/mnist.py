@@ -1,0 +1,240 @@
+"""The main job: real digits in, a compressed and measured network out.
+
+    python -m experiments.mnist                       # scikit-learn's digits, offline
+    python -m experiments.mnist --dataset cluttered   # the same digits, hard
+    python -m experiments.mnist --dataset mnist --data-dir FOLDER    # the four IDX files
+    python -m experiments.mnist --dataset tfds:mnist --data-dir DIR  # a prepared TFDS data set
+
+Trains a ConvNet, distils it into a depthwise-separable student, prunes 80% of the student's
+weights and fine-tunes, quantizes what is left to int8, and writes report.html, report.md, plots
+and results.json. Each row of the table says what a step bought and what it did not. Claims about
+accuracy rest on `experiments.accuracy`, which repeats this over seeds; one run here is one sample.
+"""
+
+import functools
+import sys
+import time
+import zlib
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import jaxaccel as jx
+from experiments import common, report
+
+BATCH = 64
+SPARSITY = 0.8
+STEPS = 800  # of the teacher, unless --epochs is given; the others take as many
+
+
+class Network(NamedTuple):
+    """One row of the table: a function, its parameters, how it came about, how it trained."""
+
+    name: str
+    fn: Callable
+    params: Any
+    method: str
+    accuracy: list[float]  # validation, after each epoch
+
+
+def load(dataset: str, data_dir: Path | None, parser: common.Parser) -> jx.data.Splits:
+    """The splits of a data set, or an exit with one line."""
+    try:
+        return _load(dataset, data_dir)
+    except (OSError, ValueError, ImportError) as error:
+        parser.error(str(error).splitlines()[0])
+
+
+def _load(dataset: str, data_dir: Path | None) -> jx.data.Splits:
+    if dataset in ("digits", "cluttered"):
+        return jx.data.digits("plain" if dataset == "digits" else "cluttered")
+    if dataset == "mnist":
+        if data_dir is None:
+            raise ValueError("--dataset mnist needs --data-dir, the folder of the four IDX files")
+        return jx.data.mnist(data_dir)
+    if dataset.startswith("tfds:"):
+        return _tfds(dataset.removeprefix("tfds:"), data_dir)
+    raise ValueError(f"--dataset {dataset!r} is not one of digits, cluttered, mnist, tfds:NAME")
+
+
+def _tfds(name: str, data_dir: Path | None) -> jx.data.Splits:
+    whole = jx.data.to_arrays(jx.data.tfds(name, "train", data_dir))
+    test = jx.data.to_arrays(jx.data.tfds(name, "test", data_dir))
+    cut = max(1, len(whole.label) // 12)
+    parts = [
+        jx.data.arrays(whole.image[rows], whole.label[rows])
+        for rows in (slice(None, -cut), slice(-cut, None))
+    ]
+    return jx.data.Splits(*parts, test)
+
+
+def convnet(splits: jx.data.Splits, seed: int, *, separable: bool) -> nnx.Module:
+    """The teacher, or its depthwise-separable student: three convolutions from 48 pixels on."""
+    shape = splits.train.image.shape[1:]
+    widths = (12, 24, 48) if min(shape[:2]) >= 48 else (16, 32)
+    if separable:
+        widths = (8, *widths[1:])
+    classes = int(splits.train.label.max()) + 1
+    return jx.nn.ConvNet(
+        classes, input_shape=shape, widths=widths, separable=separable, rngs=nnx.Rngs(seed)
+    )
+
+
+class Job:
+    """The data and the settings that every training of one run shares."""
+
+    def __init__(self, splits: jx.data.Splits, epochs: int | None, seed: int, progress: bool):
+        loader = functools.partial(jx.data.device_loader, batch_size=BATCH)
+        self.train = loader(splits.train, seed=seed)
+        self.validation = loader(splits.validation, shuffle=False)
+        self.test = loader(splits.test, shuffle=False)
+        self.epochs = epochs or max(1, round(STEPS / len(self.train)))
+        self.seed, self.progress = seed, progress
+
+    def fit(self, name: str, method: str, model: Any, *extra: Any, lr=2e-3, **options) -> Network:
+        """Train with Adam and a one-cycle schedule; `extra` optax transformations go last."""
+        steps = self.epochs * len(self.train)
+        schedule = optax.cosine_onecycle_schedule(steps, lr)
+        acc = jx.Accelerator(
+            model,
+            optax.chain(optax.adam(schedule), *extra),
+            augment=jx.augment.random_rotation(10, "bilinear"),
+            seed=self.seed,
+            **options,
+        )
+        print(f"{name}: {method}", flush=True)
+        history = acc.fit(
+            self.train, self.epochs, validation=self.validation, progress=self.progress
+        )
+        curve = [e.validation.accuracy for e in history if e.validation]
+        return Network(name, acc.fn, acc.params, method, curve)
+
+    def test_metrics(self, network: Network) -> tuple[float, float]:
+        """Accuracy and loss on the test set: read once, when all training is over."""
+        run = jax.jit(network.fn)
+        right, loss, count = 0, 0.0, 0
+        for batch in self.test:
+            logits = run(network.params, batch["image"].astype(jnp.float32) / 255)
+            hits = (logits.argmax(-1) == batch["label"]) & batch["mask"]
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+            right += int(hits.sum())
+            loss += float((losses * batch["mask"]).sum())
+            count += int(batch["mask"].sum())
+        return right / count, loss / count
+
+
+def follow(teacher: Network) -> dict[str, Any]:
+    """Options of the Accelerator that distil from a teacher."""
+    loss = functools.partial(jx.distill.loss, temperature=4.0, alpha=0.9, reduction="none")
+    return {"teacher": (teacher.fn, teacher.params), "loss": loss}
+
+
+def pruned(
+    job: Job, network: Network, teacher: Network, criterion=jx.prune.magnitude, name="pruned"
+) -> Network:
+    """Most weights set to zero, the rest fine-tuned with the teacher's help."""
+    masks = jx.prune.masks(network.params, SPARSITY, criterion=criterion)
+    model = (network.fn, jx.prune.apply(network.params, masks))
+    method = f"{SPARSITY:.0%} of the student's weights zero, fine-tuned"
+    return job.fit(name, method, model, jx.prune.keep(masks), lr=1e-3, **follow(teacher))
+
+
+def quantized(network: Network) -> Network:
+    """Weights in int8 with a scale per output channel; arithmetic in float32."""
+    fn = lambda params, x: network.fn(jx.quantize.dequantize(params), x)
+    params = jx.quantize.weights(network.params)
+    return Network("int8", fn, params, "the pruned student's weights in int8", [])
+
+
+def networks(job: Job, splits: jx.data.Splits) -> list[Network]:
+    """Teacher, student alone, distilled, pruned, quantized: each step on the one before."""
+    teacher = job.fit("teacher", "ConvNet, float32", convnet(splits, job.seed, separable=False))
+    model = convnet(splits, job.seed, separable=True)
+    alone = job.fit("student", "depthwise-separable, without a teacher", model)
+    student = job.fit("distilled", "depthwise-separable, with it", model, **follow(teacher))
+    sparse = pruned(job, student, teacher)
+    return [teacher, alone, student, sparse, quantized(sparse)]
+
+
+def stored_bytes(params: Any) -> tuple[int, int]:
+    """Bytes of the leaves as they are, and after zlib: what a download would be."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+    data = b"".join(leaf.tobytes() for leaf in leaves)
+    return len(data), len(zlib.compress(data, 9))
+
+
+def measured(job: Job, found: list[Network], shape: tuple[int, ...]) -> list[dict[str, Any]]:
+    """All figures of all rows; latencies are taken together, interleaved."""
+    candidates = {n.name: (n.fn, n.params) for n in found}
+    latency = {
+        size: jx.measure.compare(candidates, jnp.zeros((size, *shape)), rounds=15, show=False)
+        for size in (1, 128)
+    }
+    rows = []
+    for i, network in enumerate(found):
+        accuracy, loss = job.test_metrics(network)
+        dense, compressed = stored_bytes(network.params)
+        nonzero = sum(int(jnp.count_nonzero(leaf)) for leaf in jax.tree.leaves(network.params))
+        row = {
+            "name": network.name,
+            "method": network.method,
+            "accuracy": accuracy,
+            "loss": loss,
+            "macs": jx.measure.macs(network.fn, network.params, jnp.zeros((1, *shape))),
+            "parameters": latency[1].rows[i].parameters,
+            "nonzero": nonzero,
+            "bytes": dense,
+            "compressed_bytes": compressed,
+            "validation_curve": network.accuracy,
+        }
+        for size, comparison in latency.items():
+            timed = comparison.rows[i]
+            row[f"ms_{size}"], row[f"ratio_{size}"] = timed.median_ms, timed.ratio
+            row[f"ratio_{size}_quartiles"] = [timed.ratio_low, timed.ratio_high]
+        rows.append(row)
+    return rows
+
+
+def run(args: Namespace, parser: common.Parser) -> None:
+    start = time.perf_counter()
+    splits = load(args.dataset, args.data_dir, parser)
+    folder = common.make_folder(args.out, parser)
+    sizes = ", ".join(f"{len(part.label):,} {n}" for n, part in splits._asdict().items())
+    print(f"data: {args.dataset} ({sizes} images of {splits.train.image.shape[1:]})")
+    job = Job(splits, args.epochs, args.seed, sys.stdout.isatty())
+    print(f"{common.machine_line()}; {job.epochs} epochs a network")
+    found = networks(job, splits)
+    rows = measured(job, found, splits.train.image.shape[1:])
+    samples = report.samples(found[-1].fn, found[-1].params, splits.test)
+    seconds = time.perf_counter() - start
+    facts = {"dataset": args.dataset, "sizes": sizes, "epochs": job.epochs, "seed": args.seed}
+    report.write(folder, rows, samples, facts | {"seconds": round(seconds, 1)})
+    print(f"\n{report.table(rows)}\n")
+    print("\n".join(report.verdicts(rows)))
+    print(f"\n{seconds:.0f} s; open {folder / 'report.html'}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser("mnist", __doc__, "mnist")
+    parser.add_argument("--dataset", default="digits", help="digits, cluttered, mnist, tfds:NAME")
+    parser.add_argument("--data-dir", type=Path, help="where mnist or a prepared TFDS set lies")
+    parser.add_argument("--epochs", type=common.positive, help=f"default: about {STEPS} steps")
+    args = parser.parse_args(argv)
+    if args.dataset == "digits":
+        print(
+            "digits: scikit-learn's 1,797 real handwritten digits, offline; "
+            "for MNIST: --dataset mnist --data-dir FOLDER (the four IDX files)"
+        )
+    common.use_device(args.device, parser)
+    run(args, parser)
+
+
+if __name__ == "__main__":
+    main()

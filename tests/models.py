@@ -1,0 +1,68 @@
+"""The zoo: one list of small networks that parametrises every test of a transform."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx
+
+import jaxaccel as jx
+
+
+class Case(NamedTuple):
+    name: str
+    build: Callable[[], tuple[Callable, Any]]
+    shape: tuple[int, ...]  # of one batch of images
+
+    def images(self, seed: int = 0) -> jax.Array:
+        return jax.random.normal(jax.random.key(seed), self.shape)
+
+
+class LinenNet(linen.Module):
+    @linen.compact
+    def __call__(self, x, train: bool = False):
+        x = linen.Conv(4, (3, 3), name="conv1")(x)
+        x = linen.BatchNorm(use_running_average=not train, name="norm1")(x)
+        x = linen.relu(x).reshape(x.shape[0], -1)
+        x = linen.Dropout(0.5, deterministic=not train)(x)
+        return linen.Dense(10, name="dense1")(x)
+
+
+def linen_net() -> tuple[Callable, Any]:
+    module = LinenNet()
+    return jx.functional(module, module.init(jax.random.key(0), jnp.ones((1, 8, 8, 1))))
+
+
+def hand_written() -> tuple[Callable, Any]:
+    k1, k2 = jax.random.split(jax.random.key(0))
+    params = {
+        "hidden": {"kernel": jax.random.normal(k1, (64, 16)) / 8, "bias": jnp.zeros(16)},
+        "out": {"kernel": jax.random.normal(k2, (16, 10)) / 4, "bias": jnp.zeros(10)},
+    }
+
+    def fn(params, x):
+        x = x.reshape(x.shape[0], -1)
+        x = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"][None])
+        return x @ params["out"]["kernel"] + params["out"]["bias"][None]
+
+    return fn, params
+
+
+def _nnx(build: Callable[..., nnx.Module], *args: Any, **kwargs: Any) -> Callable:
+    return lambda: jx.functional(build(*args, **kwargs, rngs=nnx.Rngs(0)))
+
+
+ZOO = [
+    Case("hand_written", hand_written, (4, 8, 8, 1)),
+    Case("linen", linen_net, (4, 8, 8, 1)),
+    Case("mlp", _nnx(jx.nn.MLP, 64, width=16, depth=2, num_classes=10), (4, 8, 8, 1)),
+    Case("convnet", _nnx(jx.nn.ConvNet), (4, 28, 28, 1)),
+    Case(
+        "separable",
+        _nnx(jx.nn.ConvNet, input_shape=(28, 28, 1), widths=(8, 16), separable=True),
+        (4, 28, 28, 1),
+    ),
+    Case("resnet20", _nnx(jx.nn.ResNet, 20), (2, 16, 16, 3)),
+    Case("mobilenet", _nnx(jx.nn.MobileNet, 10, width=0.25), (2, 32, 32, 3)),
+]

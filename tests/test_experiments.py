@@ -1,0 +1,111 @@
+"""The experiments as their users run them: short runs, bad arguments, honest verdicts."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from experiments import accuracy, mnist, report
+
+
+def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"experiments.{module}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_main_job_writes_its_report(tmp_path):
+    out = tmp_path / "report"
+    mnist.main(["--epochs", "1", "--out", str(out), "--device", "cpu"])
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "predictions.png",
+        "report.html",
+        "report.md",
+        "results.json",
+        "tradeoff.png",
+        "training.png",
+    }
+    results = json.loads((out / "results.json").read_text())
+    rows = {row["name"]: row for row in results["networks"]}
+    assert list(rows) == ["teacher", "student", "distilled", "pruned", "int8"]
+    assert rows["teacher"]["macs"] >= 3 * rows["distilled"]["macs"]
+    assert rows["pruned"]["bytes"] == rows["distilled"]["bytes"]
+    assert rows["pruned"]["nonzero"] < 0.25 * rows["distilled"]["nonzero"]
+    assert rows["pruned"]["compressed_bytes"] < 0.5 * rows["distilled"]["compressed_bytes"]
+    assert rows["int8"]["bytes"] < 0.3 * rows["pruned"]["bytes"]
+    html = (out / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == 3
+    assert not re.search(r'(src|href)="(?!data:)', html)  # nothing lies outside the file
+    assert results["machine"]["jax"] in html
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dataset", "mnst"), "--dataset 'mnst' is not one of digits, cluttered, mnist,"),
+        (("--dataset", "mnist"), "--dataset mnist needs --data-dir"),
+        (("--dataset", "mnist", "--data-dir", "nowhere"), "nowhere"),
+        (("--epochs", "0"), "argument --epochs: 0 is below 1"),
+        (("--epochs", "many"), "argument --epochs: 'many' is not a whole number"),
+        (("--seed", "-1"), "argument --seed: -1 is below 0"),
+        (("--bogus",), "unrecognized arguments: --bogus"),
+        (("--out", "README.md"), "--out README.md: "),
+    ],
+)
+def test_bad_arguments_get_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        mnist.main([*arguments, "--device", "cpu"])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_without_a_gpu_it_says_not_measured():
+    found = run("mnist", "--device", "gpu")
+    if found.returncode == 0:
+        pytest.skip("this machine has a GPU")
+    assert found.returncode == 3
+    assert "not measured: no gpu was found" in found.stderr
+
+
+def row(name: str, **changes) -> dict:
+    base = {"name": name, "method": "m", "accuracy": 0.9, "macs": 100, "bytes": 1000}
+    base |= {"compressed_bytes": 900, "ratio_1": 1.0, "ratio_128": 1.0}
+    base |= {"ratio_1_quartiles": [0.97, 1.03], "ratio_128_quartiles": [0.97, 1.03]}
+    return base | changes
+
+
+def test_verdicts_say_what_was_not_bought():
+    rows = [
+        row("teacher"),
+        row("pruned", compressed_bytes=300, accuracy=0.89),
+        row("fast", ratio_128=0.5, ratio_128_quartiles=[0.48, 0.53], macs=200),
+        row("slow", ratio_1=2.0, ratio_1_quartiles=[1.9, 2.1], bytes=250),
+    ]
+    _, pruned, fast, slow = report.verdicts(rows)
+    assert "accuracy -1.00 points; MACs unchanged; bytes unchanged; 3.0x fewer zlib" in pruned
+    assert "no faster at batch 1 (1.00 of the time)" in pruned
+    assert "2.0x faster at batch 128" in fast
+    assert "2.0x more MACs" in fast
+    assert "2.0x slower at batch 1" in slow
+    assert "4.0x fewer bytes" in slow
+
+
+def test_claims_are_made_only_beyond_the_interval():
+    accuracies = {
+        "teacher": [95.0, 95.1, 95.2],
+        "student": [90.0, 91.0, 92.0],
+        "distilled": [92.0, 93.1, 93.9],
+        "pruned": [91.0, 94.0, 92.0],
+        "random masks": [92.0, 92.0, 93.0],
+        "int8": [91.0, 94.0, 92.1],
+    }
+    said = {c["claim"]: c["said"] for c in accuracy.claims(accuracies)}
+    assert said["the teacher's help"] == "better"
+    assert said["student for teacher"] == "worse"
+    assert said["magnitude over random masks"] == "no difference shown"
+    tables = accuracy.tables(accuracies, accuracy.claims(accuracies), "markdown")
+    assert "| no difference shown" in tables

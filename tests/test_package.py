@@ -1,0 +1,70 @@
+"""What the package promises of itself: laziness, direction of imports, sizes of files."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxaccel
+
+ROOT = Path(jaxaccel.__file__).parent
+TOOLS = {"nn", "augment", "data", "train", "measure", "_forms"}
+TRANSFORMS = {"prune", "quantize", "distill"}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of jaxaccel that a file imports, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxaccel"):
+            parts = (node.module or "").split(".")
+            found |= {parts[1]} if parts[1:] else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("jaxaccel.")}
+    return found
+
+
+def files(modules: set[str]) -> list[Path]:
+    return [p for p in ROOT.rglob("*.py") if p.relative_to(ROOT).parts[0].split(".")[0] in modules]
+
+
+def test_arrows():
+    for path in files(TOOLS):
+        assert not imports(path) & TRANSFORMS, path
+    for path in files(TRANSFORMS):
+        assert not imports(path) & TOOLS, path
+    assert len(files(TOOLS)) >= len(TOOLS)
+
+
+def test_only_public_jax():
+    for path in [*ROOT.rglob("*.py"), *(ROOT.parent / "experiments").rglob("*.py")]:
+        assert "jax._src" not in path.read_text(), path
+
+
+def test_files_stay_short():
+    folders = (ROOT, ROOT.parent / "experiments", ROOT.parent / "tests")
+    long = {
+        str(p): n
+        for f in folders
+        for p in f.rglob("*.py")
+        if (n := len(p.open().readlines())) > 400
+    }
+    assert not long
+
+
+def test_a_bare_import_is_light():
+    code = (
+        "import sys, jaxaccel; "
+        "print([m for m in ('flax', 'optax', 'sklearn', 'matplotlib') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_every_name_loads():
+    for name in dir(jaxaccel):
+        assert getattr(jaxaccel, name) is not None
+    with pytest.raises(AttributeError, match="module 'jaxaccel' has no attribute 'fold'"):
+        _ = jaxaccel.fold  # pyright: ignore[reportAttributeAccessIssue]
