@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 import jax
 
+import jaxaccel
+
 NOT_MEASURED = "not measured"
 
 
@@ -77,7 +79,8 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "processor": platform.machine(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("jax", "flax", "optax", "jaxaccel")},
+        **{name: version(name) for name in ("jax", "flax", "optax")},
+        "jaxaccel": jaxaccel.__version__,
     }
 
 
