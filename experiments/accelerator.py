@@ -38,7 +38,7 @@ from experiments import common
 BATCHES = (16, 32, 128)
 STEPS = {16: 60, 32: 40, 128: 12}  # of one timed sample
 ROUNDS = 15
-Run = Callable[[], None]
+Run = Callable[[], object]
 
 
 def model(seed: int) -> nnx.Module:
@@ -113,7 +113,7 @@ def accelerator(data: jx.data.Arrays, size: int, seed: int) -> Run:
     """The loop of Accelerator.fit itself, its history and its NaN check included."""
     acc = jx.Accelerator(model(seed), optax.adam(1e-3), seed=seed)
     loader = jx.data.device_loader(data, size, seed=seed)
-    return lambda: acc.fit(loader, progress=False) and None
+    return lambda: acc.fit(loader, progress=False)
 
 
 def candidates(size: int, seed: int) -> dict[str, Run]:

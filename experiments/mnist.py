@@ -31,7 +31,7 @@ from experiments import common, report
 
 BATCH = 64
 SPARSITY = 0.8
-STEPS = 800  # of the teacher, unless --epochs is given; the others take as many
+STEPS = 800  # of each training, unless --epochs is given; fine-tuning takes half
 
 
 class Network(NamedTuple):
@@ -68,22 +68,22 @@ def _tfds(name: str, data_dir: Path | None) -> jx.data.Splits:
     whole = jx.data.to_arrays(jx.data.tfds(name, "train", data_dir))
     test = jx.data.to_arrays(jx.data.tfds(name, "test", data_dir))
     cut = max(1, len(whole.label) // 12)
-    parts = [
-        jx.data.arrays(whole.image[rows], whole.label[rows])
-        for rows in (slice(None, -cut), slice(-cut, None))
-    ]
-    return jx.data.Splits(*parts, test)
+    train = jx.data.arrays(whole.image[:-cut], whole.label[:-cut])
+    validation = jx.data.arrays(whole.image[-cut:], whole.label[-cut:])
+    return jx.data.Splits(train, validation, test)
 
 
 def convnet(splits: jx.data.Splits, seed: int, *, separable: bool) -> nnx.Module:
     """The teacher, or its depthwise-separable student: three convolutions from 48 pixels on."""
     shape = splits.train.image.shape[1:]
-    widths = (12, 24, 48) if min(shape[:2]) >= 48 else (16, 32)
-    if separable:
-        widths = (8, *widths[1:])
-    classes = int(splits.train.label.max()) + 1
+    small = (8, 32) if separable else (16, 32)
     return jx.nn.ConvNet(
-        classes, input_shape=shape, widths=widths, separable=separable, rngs=nnx.Rngs(seed)
+        int(splits.train.label.max()) + 1,
+        input_shape=shape,
+        widths=(8, 16, 32) if min(shape[:2]) >= 48 else small,
+        dropout=0.25,
+        separable=separable,
+        rngs=nnx.Rngs(seed),
     )
 
 
@@ -98,21 +98,22 @@ class Job:
         self.epochs = epochs or max(1, round(STEPS / len(self.train)))
         self.seed, self.progress = seed, progress
 
-    def fit(self, name: str, method: str, model: Any, *extra: Any, lr=2e-3, **options) -> Network:
-        """Train with Adam and a one-cycle schedule; `extra` optax transformations go last."""
-        steps = self.epochs * len(self.train)
-        schedule = optax.cosine_onecycle_schedule(steps, lr)
+    def fit(self, name: str, method: str, model: Any, *last: Any, tune=False, **options) -> Network:
+        """Train with Adam, one cycle; fine-tune at half the rate for half as long.
+
+        `last` are optax transformations that end the chain, `options` those of the Accelerator.
+        """
+        epochs = max(1, self.epochs // 2) if tune else self.epochs
+        schedule = optax.cosine_onecycle_schedule(epochs * len(self.train), 2e-3 if tune else 4e-3)
         acc = jx.Accelerator(
             model,
-            optax.chain(optax.adam(schedule), *extra),
+            optax.chain(optax.adam(schedule), *last),
             augment=jx.augment.random_rotation(10, "bilinear"),
             seed=self.seed,
             **options,
         )
         print(f"{name}: {method}", flush=True)
-        history = acc.fit(
-            self.train, self.epochs, validation=self.validation, progress=self.progress
-        )
+        history = acc.fit(self.train, epochs, validation=self.validation, progress=self.progress)
         curve = [e.validation.accuracy for e in history if e.validation]
         return Network(name, acc.fn, acc.params, method, curve)
 
@@ -143,7 +144,7 @@ def pruned(
     masks = jx.prune.masks(network.params, SPARSITY, criterion=criterion)
     model = (network.fn, jx.prune.apply(network.params, masks))
     method = f"{SPARSITY:.0%} of the student's weights zero, fine-tuned"
-    return job.fit(name, method, model, jx.prune.keep(masks), lr=1e-3, **follow(teacher))
+    return job.fit(name, method, model, jx.prune.keep(masks), tune=True, **follow(teacher))
 
 
 def quantized(network: Network) -> Network:

@@ -158,7 +158,9 @@ def _max_pool_jvp(
     chosen = first[:, :, None, :, None] == jnp.arange(window**2).reshape(window, 1, window, 1)
     batch, rows, columns, channels = best.shape
     dx = dx[:, : rows * window, : columns * window]
-    squares = dx.reshape(batch, rows, window, columns, window, channels)
+    # In two steps: a mesh with explicit axes splits one axis at a time.
+    squares = dx.reshape(batch, rows, window, columns * window, channels)
+    squares = squares.reshape(batch, rows, window, columns, window, channels)
     return best, jnp.where(chosen, squares, 0).sum((2, 4))
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flax import linen, nnx
 
 Params: TypeAlias = dict[str, Any]
-Path: TypeAlias = tuple[str, ...]
+Path: TypeAlias = tuple[Any, ...]
 
 # Linen has no train()/eval(): a module takes one of these arguments, by custom.
 _MODES = {
@@ -208,18 +208,19 @@ class LinenFunction:
                 f"its arguments are: {', '.join(accepted)}"
             )
         self._module = module
+        self._apply: Any = module.apply  # its signature cannot know the module's own flags
         self._modes = [mode] if mode else [name for name in _MODES if name in accepted]
 
     def __call__(self, params: Params, *args: Any) -> Any:
         """Inference mode."""
-        return self._module.apply(params, *args, **self._flags(training=False))
+        return self._apply(params, *args, **self._flags(training=False))
 
     def train(self, params: Params, key: Array, *args: Any) -> tuple[Any, PyTree]:
         """Training mode: ``(outputs, updates)``; `key` seeds every random stream."""
         mutable = [name for name in params if name != "params"]
         # Linen falls back to the "params" stream for any other name, with its own counter.
         rngs = {"params": key, "dropout": jax.random.fold_in(key, 1)}
-        outputs, updates = self._module.apply(
+        outputs, updates = self._apply(
             params, *args, mutable=mutable, rngs=rngs, **self._flags(training=True)
         )
         return outputs, _as_dict(updates)

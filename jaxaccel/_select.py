@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 Where: TypeAlias = str | Callable[[str, Any], bool] | Mapping[str, Any]
 
@@ -32,7 +33,7 @@ def trainable(path: str) -> bool:
 
 def is_kernel(path: str, leaf: Any) -> bool:
     """A floating-point leaf with an output axis and at least one input axis."""
-    floating = hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.numpy.floating)
+    floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
     return floating and leaf.ndim >= 2 and trainable(path)
 
 

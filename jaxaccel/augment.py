@@ -102,6 +102,7 @@ def random_rotation(
     counter-clockwise; multiples of 90 degrees are exact. Integer images are interpolated in
     float32 and rounded half to even. Bilinear results are torchvision's, at the border too: the
     mean there takes the outside as 0, and is then blended with ``fill`` by the share inside.
+    Nearest results are too, but for places exactly between two pixels, where rounding decides.
 
     Args:
         degrees: the range of angles, ``(min, max)``, or a number d for ``(-d, d)``.

@@ -1,5 +1,7 @@
 """jx.functional: the pure function against the Flax model it came from."""
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,7 +167,7 @@ def test_linen_modes():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: jx.functional(lambda x: x), TypeError, "takes a flax.nnx.Module or"),
+        (lambda: jx.functional(cast(Any, dict)), TypeError, "takes a flax.nnx.Module or"),
         (lambda: jx.functional(LinenNet()), TypeError, "needs its variables: jx.functional"),
         (lambda: jx.functional(small_model(), {}), TypeError, "holds its own state"),
         (

@@ -1,6 +1,7 @@
 """The networks against NumPy, published parameter counts and their own promises."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,14 @@ from scipy.signal import correlate
 
 from jaxaccel import nn
 from jaxaccel._select import flatten
+from jaxaccel.nn import _residual
 
 
-def build(cls, *args, **kwargs):
+def build(cls, *args, **kwargs) -> Any:
     return cls(*args, **kwargs, rngs=nnx.Rngs(0))
 
 
-def abstract(cls, *args, **kwargs):
+def abstract(cls, *args, **kwargs) -> Any:
     return nnx.eval_shape(lambda: build(cls, *args, **kwargs))
 
 
@@ -37,8 +39,15 @@ def output_shape(model, *shape):
     return nnx.eval_shape(lambda m, x: m(x), model, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
 
 
-def randomise(model, seed=0):
-    """Every parameter and statistic random, so that no bias, scale or mean is left out of a test."""
+def program(model, *shape) -> str:
+    """The jaxpr of a forward pass of an abstract model."""
+    graphdef, state = nnx.split(model)
+    run = lambda state, x: nnx.merge(graphdef, state, copy=True)(x)
+    return str(jax.make_jaxpr(run)(state, jax.ShapeDtypeStruct(shape, jnp.float32)))
+
+
+def randomise(model: Any, seed=0) -> Any:
+    """Every parameter and statistic random: no bias, scale or mean can be left out unseen."""
     rng = np.random.default_rng(seed)
     state = nnx.state(model, nnx.Param, nnx.BatchStat)
     drawn = jax.tree.map(
@@ -56,20 +65,16 @@ def randomise(model, seed=0):
 # The reference: one image and one channel at a time, in float64.
 
 
-def numpy_conv(x, layer, groups=1):
+def numpy_conv(x, layer, groups=1) -> np.ndarray:
     """VALID convolution of stride 1."""
     kernel = np.asarray(layer.kernel[...], np.float64)
     batch, out = x.shape[0], kernel.shape[3]
     share = out // groups
-    planes = [
-        sum(
-            correlate(x[b, :, :, o // share * kernel.shape[2] + i], kernel[:, :, i, o], "valid")
-            for i in range(kernel.shape[2])
-        )
-        for b in range(batch)
-        for o in range(out)
-    ]
-    y = np.stack(planes).reshape(batch, out, *planes[0].shape).transpose(0, 2, 3, 1)
+    rows, columns = (n - k + 1 for n, k in zip(x.shape[1:3], kernel.shape, strict=False))
+    y = np.zeros((batch, rows, columns, out))
+    for b, o, i in np.ndindex(batch, out, kernel.shape[2]):
+        plane = x[b, :, :, o // share * kernel.shape[2] + i]
+        y[b, :, :, o] += correlate(plane, kernel[:, :, i, o], "valid")
     return y if layer.bias is None else y + np.asarray(layer.bias[...])
 
 
@@ -240,44 +245,68 @@ def test_strides_reduce_images_as_published():
 
 
 def test_the_stem_of_resnet_halves_twice():
-    model = build(nn.ResNet, 18, width=1)
-    model.blocks = nnx.List([])
-    model.classifier = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
-    text = str(jax.make_jaxpr(lambda x: model(x))(jnp.ones((1, 64, 64, 3))))
-    assert "1,32,32,1" in text
-    assert "1,16,16,1" in text
-    assert "1,8,8,1" not in text
+    text = program(abstract(nn.ResNet, 18), 1, 64, 64, 3)
+    assert "f32[1,32,32,64]" in text
+    assert "f32[1,16,16,64]" in text
+    assert "f32[1,8,8,64]" not in text
+
+
+def test_overlapping_pooling_pads_by_one_pixel():
+    x = images(1, 6, 7, 2)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
+    expected = windows[:, ::2, ::2].max((4, 5))
+    np.testing.assert_array_equal(_residual._pool_3x3(x), expected)
 
 
 def test_the_parameter_free_shortcut_subsamples_and_appends_zero_channels():
-    model = build(nn.ResNet, 20)
-    block = model.blocks[3]
-    block.norm2.scale[...] = jnp.zeros_like(block.norm2.scale[...])
-    model.eval()
-    x = images(2, 7, 8, 16)
-    expected = np.zeros((2, 4, 4, 32))
-    expected[..., :16] = relu(np.asarray(x))[:, ::2, ::2]
-    np.testing.assert_allclose(block(x), expected, atol=1e-6)
-
-
-def test_a_bottleneck_has_its_stride_in_the_3x3():
-    block = abstract(nn.ResNet, 50).blocks[3]
-    assert (block.conv1.strides, block.conv2.strides) == (1, 2)
-    assert block.conv2.kernel_shape == (3, 3, 128, 128)
-
-
-def test_the_inverted_residual_is_linear_at_its_end_and_adds_its_input():
-    block = build(nn.MobileNet, 10, width=0.25).blocks[2]
-    block.project_norm.scale[...] = jnp.zeros_like(block.project_norm.scale[...])
-    block.project_norm.bias[...] = -jnp.ones_like(block.project_norm.bias[...])
+    block = build(_residual._Residual, 3, 6, 2, bottleneck=False, project=False)
+    block.norm2.scale[...] = jnp.zeros(6)
     block.eval()
-    x = images(1, 4, 4, block.project.out_features)
-    np.testing.assert_allclose(nnx.jit(block)(x), x - 1, rtol=1e-6, atol=1e-6)
+    x = images(2, 7, 8, 3)
+    expected = np.zeros((2, 4, 4, 6))
+    expected[..., :3] = relu(np.asarray(x))[:, ::2, ::2]
+    np.testing.assert_allclose(nnx.jit(block)(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_a_projected_block_equals_numpy(bottleneck):
+    block = randomise(
+        _residual._Residual(3, 8, 2, bottleneck=bottleneck, project=True, rngs=nnx.Rngs(0))
+    )
+    x = np.asarray(images(2, 7, 8, 3), np.float64)
+    around = lambda x: np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    if bottleneck:
+        y = relu(numpy_norm(numpy_conv(x, block.conv1), block.norm1))
+        y = relu(numpy_norm(numpy_conv(around(y), block.conv2)[:, ::2, ::2], block.norm2))
+        y = numpy_norm(numpy_conv(y, block.conv3), block.norm3)
+    else:
+        y = relu(numpy_norm(numpy_conv(around(x), block.conv1)[:, ::2, ::2], block.norm1))
+        y = numpy_norm(numpy_conv(around(y), block.conv2), block.norm2)
+    skip = numpy_norm(numpy_conv(x, block.shortcut)[:, ::2, ::2], block.shortcut_norm)
+    actual = nnx.jit(block)(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(actual, relu(y + skip), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("features", "expansion"), [(3, 6), (4, 6), (3, 1)])
+def test_an_inverted_residual_equals_numpy(features, expansion):
+    block = randomise(_residual._InvertedResidual(3, features, expansion, 1, nnx.Rngs(0)))
+    x = np.asarray(images(2, 5, 6, 3), np.float64)
+    relu6 = lambda x: np.clip(x, 0, 6)
+    y = x
+    if expansion > 1:
+        y = relu6(numpy_norm(numpy_conv(y, block.expand), block.expand_norm))
+    around = np.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    y = numpy_conv(around, block.depthwise, groups=y.shape[3])
+    y = numpy_conv(relu6(numpy_norm(y, block.depthwise_norm)), block.project)
+    y = numpy_norm(y, block.project_norm)
+    actual = nnx.jit(block)(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(actual, x + y if features == 3 else y, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
     ("width", "stem", "first", "last"),
-    [(0.25, 8, 8, 1280), (0.75, 24, 16, 1280), (1.4, 48, 24, 1792)],
+    [(0.25, 8, 8, 1280), (0.35, 16, 8, 1280), (0.75, 24, 16, 1280), (1.4, 48, 24, 1792)],
 )
 def test_mobilenet_widths_are_those_of_the_reference(width, stem, first, last):
     kernels = paths(abstract(nn.MobileNet, width=width))
@@ -296,7 +325,7 @@ def test_channel_dropout_takes_whole_channels_of_the_last_convolution():
     kept = model(x).reshape(8, 9, 4)
     model.train()
     dropped = np.asarray(model(x).reshape(8, 9, 4) / kept)
-    assert np.all((dropped == dropped[:, :1]))
+    assert np.all(dropped == dropped[:, :1])
     assert set(np.unique(dropped.round(4))) == {0.0, 2.0}
 
 
@@ -321,9 +350,10 @@ def test_dropout_acts_in_training_only(model):
 def test_mobilenet_drops_features_before_the_classifier():
     model = abstract(nn.MobileNet, dropout=0.3)
     assert model.dropout.rate == 0.3
-    assert str(jax.make_jaxpr(lambda: build(nn.MobileNet)(jnp.ones((1, 32, 32, 3))))()).count(
-        "random_bits"
-    )
+    model.train()
+    assert program(model, 2, 32, 32, 3).count("bool[2,1280]") > 0
+    model.eval()
+    assert program(model, 2, 32, 32, 3).count("bool[2,1280]") == 0
 
 
 def test_statistics_move_by_a_tenth_and_only_in_training():
@@ -348,9 +378,13 @@ def test_statistics_move_by_a_tenth_and_only_in_training():
         (partial(build, nn.DepthwiseSeparable, 3, 4, batch_norm=True), (2, 8, 8, 3)),
         (partial(build, nn.MLP, 192, 5, 1, 10, dropout=0.5), (2, 8, 8, 3)),
         (partial(build, nn.ConvNet, widths=(2, 3), dense=(4,)), (2, 28, 28, 1)),
-        (partial(build, nn.ResNet, 20, width=2), (2, 8, 8, 3)),
+        (
+            partial(build, _residual._Residual, 3, 4, 2, bottleneck=False, project=True),
+            (2, 8, 8, 3),
+        ),
+        (partial(build, _residual._InvertedResidual, 3, 3, 2, 1), (2, 8, 8, 3)),
     ],
-    ids=["ConvReLU", "DepthwiseSeparable", "MLP", "ConvNet", "ResNet"],
+    ids=["ConvReLU", "DepthwiseSeparable", "MLP", "ConvNet", "residual", "inverted residual"],
 )
 def test_training_under_plain_jit_after_a_split(model, shape):
     model = model()
@@ -360,7 +394,7 @@ def test_training_under_plain_jit_after_a_split(model, shape):
     @jax.jit
     def loss_and_grad(params, rest, x):
         def loss(params):
-            merged = nnx.merge(graphdef, params, rest)
+            merged = nnx.merge(graphdef, params, rest, copy=True)
             return (merged(x) ** 2).sum(), nnx.split(merged, nnx.Param, ...)[2]
 
         return jax.value_and_grad(loss, has_aux=True)(params)
@@ -369,20 +403,15 @@ def test_training_under_plain_jit_after_a_split(model, shape):
     assert np.isfinite(loss)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     assert any(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
-    nnx.merge(graphdef, params, rest).eval()
 
 
-def test_depthwise_stages_take_the_form_of_the_backend():
-    def convolutions(model, *shape):
-        graphdef, state = nnx.split(model)
-        run = lambda state, x: nnx.merge(graphdef, state)(x)
-        x = jax.ShapeDtypeStruct(shape, jnp.float32)
-        return str(jax.make_jaxpr(run)(state, x)).count("conv_general_dilated")
-
-    model = build(nn.MobileNet, 10, width=0.25)
-    model.eval()
-    # 17 depthwise of 52 convolutions are multiply-adds on CPU.
-    assert convolutions(model, 1, 32, 32, 3) == 52 - 17
+def test_depthwise_stages_take_the_form_of_the_backend(monkeypatch):
+    model = abstract(nn.MobileNet, 10)
+    convolutions = lambda: program(model, 1, 32, 32, 3).count("conv_general_dilated[")
+    # 17 of the 52 convolutions are depthwise: multiply-adds on CPU.
+    assert convolutions() == 52 - 17
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert convolutions() == 52
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_files_stay_short():
         str(p): n
         for f in folders
         for p in f.rglob("*.py")
-        if (n := len(p.open().readlines())) > 400
+        if (n := len(p.read_text().splitlines())) > 400
     }
     assert not long
 

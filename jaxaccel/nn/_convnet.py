@@ -26,7 +26,7 @@ class MLP(nnx.Module):
 
     Example:
         >>> model = MLP(784, width=32, depth=2, num_classes=10, rngs=nnx.Rngs(0))
-        >>> model(jnp.ones((2, 28, 28, 1))).shape
+        >>> model(jax.numpy.ones((2, 28, 28, 1))).shape
         (2, 10)
     """
 
@@ -78,7 +78,7 @@ class ConvNet(nnx.Module):
 
     Example:
         >>> model = ConvNet(rngs=nnx.Rngs(0))
-        >>> model(jnp.ones((2, 28, 28, 1))).shape
+        >>> model(jax.numpy.ones((2, 28, 28, 1))).shape
         (2, 10)
     """
 

@@ -31,7 +31,7 @@ class ConvReLU(nnx.Module):
 
     Example:
         >>> model = ConvReLU(1, 8, pool=2, rngs=nnx.Rngs(0))
-        >>> model(jnp.ones((2, 28, 28, 1))).shape
+        >>> model(jax.numpy.ones((2, 28, 28, 1))).shape
         (2, 14, 14, 8)
     """
 
@@ -76,7 +76,7 @@ class DepthwiseSeparable(nnx.Module):
 
     Example:
         >>> model = DepthwiseSeparable(8, 16, strides=2, rngs=nnx.Rngs(0))
-        >>> model(jnp.ones((2, 14, 14, 8))).shape
+        >>> model(jax.numpy.ones((2, 14, 14, 8))).shape
         (2, 7, 7, 16)
     """
 

@@ -232,7 +232,9 @@ class Accelerator:
             return None
         names = self._mesh.axis_names
         axis = "data" if "data" in names else names[0]
-        return NamedSharding(self._mesh, PartitionSpec(axis if kind == "batch" else None))
+        return NamedSharding(
+            self._mesh, PartitionSpec(axis) if kind == "batch" else PartitionSpec()
+        )
 
     def _replicate(self, tree: PyTree) -> PyTree:
         return tree if self._mesh is None else jax.device_put(tree, self._sharding())
