@@ -55,7 +55,7 @@ def use_device(device: str, parser: Parser) -> None:
     jax.config.update("jax_platforms", "cpu" if device == "cpu" else "cuda")
     try:
         jax.devices()
-    except RuntimeError:
+    except (RuntimeError, AssertionError):  # the second where no CUDA plugin is installed
         parser.exit(3, f"{parser.prog}: {NOT_MEASURED}: no {device} was found by JAX\n")
 
 

@@ -43,28 +43,27 @@ class QTensor:
 def weights(params: PyTree, bits: int = 8, *, where: Where | None = None) -> PyTree:
     """Quantize the weights: a tree like `params` with `QTensor` leaves.
 
-        Args:
-            params: a tree of parameters.
-            bits: 8.
-            where: which leaves: a glob over paths, a predicate ``(path, leaf) -> bool``, or a mapping
-                from globs to True or False. By default every floating-point leaf with two or more axes;
-                biases, scales and statistics stay as they are.
+    Args:
+        params: a tree of parameters.
+        bits: 8.
+        where: which leaves: a glob over paths, a predicate ``(path, leaf) -> bool``, or a mapping
+            from globs to True or False. By default every floating-point leaf with two or more axes;
+            biases, scales and statistics stay as they are.
 
-        Returns:
-            The tree with a `QTensor` for each selected leaf, scaled per output channel (last axis).
+    Returns:
+        The tree with a `QTensor` for each selected leaf, scaled per output channel (last axis).
 
-        Raises:
-            ValueError: `bits` is not 8, nothing is selected, or a leaf is not floating point, has no
-                axis, or holds a value that is not finite.
+    Raises:
+        ValueError: `bits` is not 8, nothing is selected, or a leaf is not floating point, has no
+            axis, or holds a value that is not finite.
 
-        >>> import jax.numpy as jnp
-    from jax.core import Tracer
-        >>> q = weights({"kernel": jnp.array([[1.0, 0.5], [-2.0, 0.25]])})["kernel"]
-        >>> q.values
-        Array([[  64,  127],
-               [-127,   64]], dtype=int8)
-        >>> q.scale.shape
-        (1, 2)
+    >>> import jax.numpy as jnp
+    >>> q = weights({"kernel": jnp.array([[1.0, 0.5], [-2.0, 0.25]])})["kernel"]
+    >>> q.values
+    Array([[  64,  127],
+           [-127,   64]], dtype=int8)
+    >>> q.scale.shape
+    (1, 2)
     """
     if bits != 8:
         raise ValueError(f"bits={bits!r} must be 8")
@@ -101,14 +100,13 @@ def _quantize(path: str, x: Any) -> QTensor:
 def dequantize(qparams: PyTree) -> PyTree:
     """The tree with arrays again in place of its `QTensor` leaves.
 
-        Inside `jax.jit` the weights are kept in 8 bits and widened where they are used:
-        ``jax.jit(lambda q, x: fn(dequantize(q), x))``.
+    Inside `jax.jit` the weights are kept in 8 bits and widened where they are used:
+    ``jax.jit(lambda q, x: fn(dequantize(q), x))``.
 
-        >>> import jax.numpy as jnp
-    from jax.core import Tracer
-        >>> dequantize(weights({"kernel": jnp.array([[1.0, 0.5], [-2.0, 0.25]])}))["kernel"].round(2)
-        Array([[ 1.01,  0.5 ],
-               [-2.  ,  0.25]], dtype=float32)
+    >>> import jax.numpy as jnp
+    >>> dequantize(weights({"kernel": jnp.array([[1.0, 0.5], [-2.0, 0.25]])}))["kernel"].round(2)
+    Array([[ 1.01,  0.5 ],
+           [-2.  ,  0.25]], dtype=float32)
     """
     return jax.tree.map(
         lambda node: node.dequantize() if _is_qtensor(node) else node, qparams, is_leaf=_is_qtensor

@@ -81,12 +81,13 @@ def test_the_model_is_copied_not_changed():
 def test_round_trip_into_the_module():
     fn, params = jx.functional(small_model())
     changed = jax.tree.map(lambda x: x + 1, params)
+    kept = jax.tree.map(jnp.copy, changed)
     module = fn.module(changed)
     assert isinstance(module, jx.nn.ConvReLU)
-    assert trees_equal(jx.functional(module)[1], changed)
+    assert trees_equal(jx.functional(module)[1], kept)
     module.train()
     module(jnp.ones((2, 4, 4, 1)))  # trains on, and leaves the given tree as it was
-    assert trees_equal(jax.tree.map(lambda x: x - 1, changed), params)
+    assert trees_equal(changed, kept)
 
 
 def test_keys_decide_dropout_typed_or_raw():
@@ -125,8 +126,8 @@ def test_shared_modules_and_other_collections():
     fn, params = jx.functional(Shared(nnx.Rngs(0)))
     assert sorted(flatten(params)) == [
         "cache/calls",
-        "params/layer/bias",
-        "params/layer/kernel",
+        "params/again/bias",  # NNX names a shared module by its first attribute
+        "params/again/kernel",
     ]
     _, updates = jax.jit(fn.train)(params, jax.random.key(0), jnp.ones((1, 4)))
     assert float(updates["cache"]["calls"]) == 1

@@ -54,9 +54,9 @@ class ResNet(nnx.Module):
         ValueError: If ``depth`` is none of the above.
 
     Example:
-        >>> model = ResNet(20, rngs=nnx.Rngs(0))
-        >>> model(jnp.ones((2, 32, 32, 3))).shape
-        (2, 10)
+        >>> model = nnx.eval_shape(lambda: ResNet(20, rngs=nnx.Rngs(0)))
+        >>> len(model.blocks), model.classifier.kernel.shape
+        (9, (64, 10))
     """
 
     def __init__(
@@ -106,9 +106,9 @@ class MobileNet(nnx.Module):
         ValueError: If ``dropout`` or ``width`` is out of range.
 
     Example:
-        >>> model = MobileNet(10, width=0.25, stem_strides=1, rngs=nnx.Rngs(0))
-        >>> model(jnp.ones((2, 32, 32, 3))).shape
-        (2, 10)
+        >>> model = nnx.eval_shape(lambda: MobileNet(10, width=0.25, rngs=nnx.Rngs(0)))
+        >>> len(model.blocks), model.classifier.kernel.shape
+        (17, (1280, 10))
     """
 
     def __init__(
