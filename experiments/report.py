@@ -71,17 +71,16 @@ def verdicts(rows: Rows) -> list[str]:
     for before, row in pairwise(rows):
         texts.append(f"{row['name']}: {row['method']}. {_verdict(rows[0], row)}")
         if row["name"] != "student":
-            texts[-1] += f" Against {before['name']}: {_verdict(before, row, times=False)}"
+            texts[-1] += f" Against {before['name']}: {_verdict(before, row)}"
     return texts
 
 
-def _verdict(base: dict[str, Any], row: dict[str, Any], times: bool = True) -> str:
+def _verdict(base: dict[str, Any], row: dict[str, Any]) -> str:
     points = 100 * (row["accuracy"] - base["accuracy"])
     parts = [f"accuracy {points:+.2f} points"]
     for key, name in (("macs", "MACs"), ("bytes", "bytes"), ("compressed_bytes", "zlib bytes")):
         parts.append(_factor(name, base[key] / row[key]))
-    if times:
-        parts += [_speed(row, size) for size in (1, 128)]
+    parts += [_speed(base, row, size) for size in (1, 128)]
     return "; ".join(parts) + "."
 
 
@@ -91,9 +90,9 @@ def _factor(name: str, factor: float) -> str:
     return f"{factor:.1f}x fewer {name}" if factor > 1 else f"{1 / factor:.1f}x more {name}"
 
 
-def _speed(row: dict[str, Any], size: int) -> str:
-    low, high = row[f"ratio_{size}_quartiles"]
-    ratio, where = row[f"ratio_{size}"], f"at batch {size}"
+def _speed(base: dict[str, Any], row: dict[str, Any], size: int) -> str:
+    key, where = f"ratio_{size}", f"at batch {size}"
+    ratio, low, high = (x / base[key] for x in (row[key], *row[f"{key}_quartiles"]))
     if low <= SAME[1] and high >= SAME[0]:
         return f"no faster {where} ({ratio:.2f} of the time)"
     if ratio < 1:
@@ -120,7 +119,8 @@ def _summary(facts: dict[str, Any]) -> str:
         f"{facts['dataset']}: {facts['sizes']}. {facts['epochs']} epochs a network, seed "
         f"{facts['seed']}, {facts['seconds']} s in all. {common.machine_line()}. One run is one "
         "sample: experiments.accuracy gives intervals over seeds. Ratio: time over the first "
-        "row's, measured interleaved. MACs: half of the compiler's FLOPs for one image."
+        "row's, measured interleaved. MACs: half of the compiler's FLOPs for one image; for int8 "
+        "they include widening the weights to float32."
     )
 
 
@@ -169,11 +169,14 @@ def _tradeoff(rows: Rows, facts: dict[str, Any]) -> Figure:
         (left, "compressed_bytes", "parameters after zlib, kB"),
         (right, "ms_128", "latency of a batch of 128, ms"),
     ):
-        for row in rows:
+        for i, row in enumerate(rows):
             x = row[key] / 1000 if key.endswith("bytes") else row[key]
-            axes.scatter(x, 100 * row["accuracy"], s=60, label=row["name"], zorder=3)
-        axes.set(xscale="log", xlabel=label)
-        axes.grid(alpha=0.3, which="both")
+            # Open markers of different shapes: networks often lie on top of each other.
+            look = {"marker": "osD^v"[i % 5], "facecolor": "none", "edgecolor": f"C{i}"}
+            axes.scatter(x, 100 * row["accuracy"], s=90, linewidth=2, label=row["name"], **look)
+        axes.set_xlim(left=0)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
     left.set_ylabel("test accuracy, %")
     right.legend(title="network", loc="best")
     figure.suptitle(f"{facts['dataset']}, {common.machine_line()}", fontsize=10)
