@@ -241,6 +241,14 @@ def test_streaming_and_pairs_give_the_same_training():
     assert_close(trained[0], trained[2])
 
 
+def test_fit_reads_each_epoch_once():
+    digits = jx.data.digits()
+    loader = jx.data.device_loader(digits.validation, 64)
+    acc = jx.Accelerator(jx.functional(jx.nn.MLP(784, 4, 1, 10, rngs=nnx.Rngs(0))), optax.sgd(0.1))
+    acc.fit(loader, epochs=3, progress=False)
+    assert loader.epoch == 3
+
+
 def test_nan_stops_with_the_step():
     data = [{**b, "image": b["image"].astype(np.float32)} for b in batches(4)]
     data[2]["image"][5] = np.nan

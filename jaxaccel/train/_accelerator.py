@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -146,7 +146,7 @@ class Accelerator:
         if epochs < 1:
             raise ValueError(f"epochs={epochs!r} must be >= 1")
         for name, batches in {"train": train, "validation": validation}.items():
-            if epochs > 1 and batches is not None and iter(batches) is batches:
+            if epochs > 1 and isinstance(batches, Iterator):
                 raise ValueError(
                     f"{name} is a one-shot iterator but epochs={epochs}; "
                     "pass a list or a jx.data loader"
