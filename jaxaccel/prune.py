@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxaccel._select import Where, flatten, is_kernel, rebuild, select
+from jaxaccel.quantize import is_qtensor
 
 if TYPE_CHECKING:
     import optax
@@ -60,8 +61,8 @@ def masks(
         A tree like `params`: boolean arrays for the selected leaves, a scalar True for the others.
 
     Raises:
-        ValueError: `sparsity`, `kind` or `scope` is out of range, nothing is selected, or a leaf
-            chosen by `where` cannot be grouped by m.
+        ValueError: `sparsity`, `kind` or `scope` is out of range, nothing is selected, a leaf is a
+            `QTensor`, or one chosen by `where` is not floating point or cannot be grouped by m.
 
     >>> import jax.numpy as jnp
     >>> params = {"dense": {"kernel": jnp.array([[1.0, -4.0], [3.0, 2.0]]), "bias": jnp.ones(2)}}
@@ -74,7 +75,9 @@ def masks(
         raise ValueError(f"sparsity={sparsity!r} must lie in [0, 1)")
     if scope not in ("global", "local"):
         raise ValueError(f'scope={scope!r} must be "global" or "local"')
-    leaves = flatten(params)
+    leaves = flatten(params, is_qtensor)
+    for path in (path for path, leaf in leaves.items() if is_qtensor(leaf)):
+        raise ValueError(f"{path}: is a QTensor; prune first, or jx.quantize.dequantize the tree")
     chosen = select(leaves, where, _prunable(groups))
     if not chosen:
         raise ValueError(f"masks: no leaf to prune for kind={kind!r}; pass where= to choose leaves")

@@ -67,24 +67,25 @@ def weights(params: PyTree, bits: int = 8, *, where: Where | None = None) -> PyT
     """
     if bits != 8:
         raise ValueError(f"bits={bits!r} must be 8")
-    leaves = flatten(params, _is_qtensor)
+    leaves = flatten(params, is_qtensor)
     chosen = select(leaves, where, is_kernel)
     if not chosen:
         raise ValueError("weights: no leaf to quantize; pass where= to choose leaves")
     return rebuild(
         params,
         {path: _quantize(path, x) if path in chosen else x for path, x in leaves.items()},
-        _is_qtensor,
+        is_qtensor,
     )
 
 
-def _is_qtensor(node: Any) -> bool:
+def is_qtensor(node: Any) -> bool:
+    """Whether a node of a tree is a `QTensor`, as an ``is_leaf`` of `jax.tree.map`."""
     return isinstance(node, QTensor)
 
 
 def _quantize(path: str, x: Any) -> QTensor:
-    if _is_qtensor(x) or not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim == 0:
-        kind = "a QTensor already" if _is_qtensor(x) else f"{x.dtype} of shape {x.shape}"
+    if is_qtensor(x) or not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim == 0:
+        kind = "a QTensor already" if is_qtensor(x) else f"{x.dtype} of shape {x.shape}"
         raise ValueError(f"{path}: is {kind}; leave it out of where=")
     if not isinstance(x, Tracer) and not bool(jnp.isfinite(x).all()):
         raise ValueError(f"{path}: holds NaN or infinity; train it again or restore a checkpoint")
@@ -109,5 +110,5 @@ def dequantize(qparams: PyTree) -> PyTree:
            [-2.  ,  0.25]], dtype=float32)
     """
     return jax.tree.map(
-        lambda node: node.dequantize() if _is_qtensor(node) else node, qparams, is_leaf=_is_qtensor
+        lambda node: node.dequantize() if is_qtensor(node) else node, qparams, is_leaf=is_qtensor
     )

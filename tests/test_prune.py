@@ -139,6 +139,10 @@ def test_apply_is_multiplication_by_the_mask_and_works_under_jit():
         (lambda p: jx.prune.masks(p, 0.5, where="con/*"), "where='con/\\*' matches no leaf; the"),
         (lambda p: jx.prune.masks({}, 0.5), "no leaf to prune"),
         (
+            lambda p: jx.prune.masks(jx.quantize.weights(p), 0.5),
+            "conv/kernel: is a QTensor; prune first, or jx.quantize.dequantize the tree",
+        ),
+        (
             lambda p: jx.prune.masks({"n": jnp.ones((2, 2), int)}, 0.5, where="n"),
             "n: only floating-point leaves can be pruned",
         ),
