@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 
 import jaxaccel
 
@@ -68,6 +69,12 @@ def make_folder(path: Path, parser: Parser) -> Path:
     if not os.access(path, os.W_OK):
         parser.error(f"--out {path}: not writable")
     return path
+
+
+def scaled(images: Any) -> jax.Array:
+    """Images as the Accelerator gives them to a network: integers from [0, 255] to [0, 1]."""
+    integer = jnp.issubdtype(images.dtype, jnp.integer)
+    return jnp.asarray(images, jnp.float32) / (255 if integer else 1)
 
 
 def machine() -> dict[str, Any]:

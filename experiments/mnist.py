@@ -122,7 +122,7 @@ class Job:
         run = jax.jit(network.fn)
         right, loss, count = 0, 0.0, 0
         for batch in self.test:
-            logits = run(network.params, batch["image"].astype(jnp.float32) / 255)
+            logits = run(network.params, common.scaled(batch["image"]))
             hits = (logits.argmax(-1) == batch["label"]) & batch["mask"]
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
             right += int(hits.sum())

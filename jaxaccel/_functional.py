@@ -130,7 +130,7 @@ class NNXFunction:
             if path in self._collections:
                 variable = variable.replace(given[self._collections[path], *map(str, path)])
             elif key is not None and isinstance(variable, nnx.RngKey):
-                variable = variable.replace(_typed(jax.random.fold_in(key, len(state))))
+                variable = variable.replace(_like(variable.get_value(), key, len(state)))
             state.append((path, variable))
         # A copy: a Variable may only be mutated at the trace level that made it.
         return nnx.merge(graph, nnx.from_flat_state(state), copy=True)
@@ -191,10 +191,11 @@ def _nest(flat: Mapping[Path, Any]) -> Params:
     return tree
 
 
-def _typed(key: Array) -> Array:
-    """NNX streams hold typed keys; callers may still pass raw ``uint32`` ones."""
+def _like(stream: Array, key: Array, index: int) -> Array:
+    """A stream's key drawn from `key`: many where layers are stacked, typed as NNX wants it."""
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return key if typed else jax.random.wrap_key_data(key)
+    key = jax.random.fold_in(key if typed else jax.random.wrap_key_data(key), index)
+    return jax.random.split(key, stream.shape) if stream.shape else key
 
 
 class LinenFunction:

@@ -6,8 +6,10 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-Where: TypeAlias = str | Callable[[str, Any], bool] | Mapping[str, Any]
+Predicate: TypeAlias = Callable[[str, Any], bool]
+Where: TypeAlias = str | Predicate | Mapping[str, bool]
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
@@ -32,30 +34,33 @@ def trainable(path: str) -> bool:
 
 
 def is_kernel(path: str, leaf: Any) -> bool:
-    """A floating-point leaf with an output axis and at least one input axis."""
-    floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return floating and leaf.ndim >= 2 and trainable(path)
+    """A floating-point array with an output axis and at least one input axis."""
+    array = isinstance(leaf, jax.Array | np.ndarray)
+    return array and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim >= 2 and trainable(path)
 
 
-def select(leaves: Mapping[str, Any], where: Where | None, default: Callable) -> dict[str, Any]:
-    """What `where` says of each leaf; leaves of which it says nothing, or False, are left out.
+def select(leaves: Mapping[str, Any], where: Where | None, default: Predicate) -> list[str]:
+    """The paths that `where` chooses, `default` where it is None.
 
-    A string is a glob over paths, a predicate takes ``(path, leaf)``, and a mapping gives a value
-    to each glob, the first match winning.
+    A predicate takes ``(path, leaf)`` and has its way. A glob, or a mapping from globs to True or
+    False of which the first match wins, chooses among kernels alone: ``"*dense*"`` is not meant
+    to take a bias along.
     """
     if where is None:
         where = default
     if callable(where):
-        return {path: True for path, leaf in leaves.items() if where(path, leaf)}
+        return [path for path, leaf in leaves.items() if where(path, leaf)]
     rules = {where: True} if isinstance(where, str) else where
-    for pattern in rules:
-        if not any(fnmatchcase(path, pattern) for path in leaves):
+    kernels = [path for path, leaf in leaves.items() if is_kernel(path, leaf)]
+    for pattern, value in rules.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"where[{pattern!r}]={value!r} must be True or False")
+        if not any(fnmatchcase(path, pattern) for path in kernels):
             raise ValueError(
-                f"where={pattern!r} matches no leaf; the paths are: {', '.join(leaves) or 'none'}"
+                f"where={pattern!r} matches no kernel; they are: {', '.join(kernels) or 'none'}"
             )
-    found = {path: _first(rules, path) for path in leaves}
-    return {path: value for path, value in found.items() if value is not False}
+    return [path for path in kernels if _first(rules, path)]
 
 
-def _first(rules: Mapping[str, Any], path: str) -> Any:
+def _first(rules: Mapping[str, bool], path: str) -> bool:
     return next((value for glob, value in rules.items() if fnmatchcase(path, glob)), False)

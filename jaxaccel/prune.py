@@ -54,7 +54,8 @@ def masks(
             removes the same share of each leaf.
         criterion: ``(path, leaf) -> scores``; the lowest are removed.
         where: which leaves: a glob over paths, a predicate ``(path, leaf) -> bool``, or a mapping
-            from globs to True or False. By default every floating-point leaf with two or more axes;
+            from globs to True or False; a glob chooses among floating-point leaves with two or
+            more axes, never a bias or a statistic. By default all of these;
             for n:m, those of them whose input axis is a multiple of m.
 
     Returns:

@@ -47,15 +47,15 @@ def weights(params: PyTree, bits: int = 8, *, where: Where | None = None) -> PyT
         params: a tree of parameters.
         bits: 8.
         where: which leaves: a glob over paths, a predicate ``(path, leaf) -> bool``, or a mapping
-            from globs to True or False. By default every floating-point leaf with two or more axes;
-            biases, scales and statistics stay as they are.
+            from globs to True or False; a glob chooses among floating-point leaves with two or
+            more axes. By default all of these; biases, scales and statistics stay as they are.
 
     Returns:
         The tree with a `QTensor` for each selected leaf, scaled per output channel (last axis).
 
     Raises:
-        ValueError: `bits` is not 8, nothing is selected, or a leaf is not floating point, has no
-            axis, or holds a value that is not finite.
+        ValueError: `bits` is not 8, nothing is selected, or a leaf is not floating point, has
+            fewer than two axes, or holds a value that is not finite.
 
     >>> import jax.numpy as jnp
     >>> q = weights({"kernel": jnp.array([[1.0, 0.5], [-2.0, 0.25]])})["kernel"]
@@ -84,7 +84,7 @@ def is_qtensor(node: Any) -> bool:
 
 
 def _quantize(path: str, x: Any) -> QTensor:
-    if is_qtensor(x) or not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim == 0:
+    if is_qtensor(x) or not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 2:
         kind = "a QTensor already" if is_qtensor(x) else f"{x.dtype} of shape {x.shape}"
         raise ValueError(f"{path}: is {kind}; leave it out of where=")
     if not isinstance(x, Tracer) and not bool(jnp.isfinite(x).all()):

@@ -112,6 +112,29 @@ def test_two_dropouts_draw_different_masks():
     assert not np.array_equal(a, b)
 
 
+def test_stacked_layers_keep_a_key_each():
+    class Layer(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.linear, self.dropout = nnx.Linear(4, 4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dropout(self.linear(x))
+
+    class Stack(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            make = nnx.split_rngs(splits=3)(nnx.vmap(Layer))
+            self.layers = make(rngs)
+
+        def __call__(self, x):
+            return nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(self.layers, x)
+
+    fn, params = jx.functional(Stack(nnx.Rngs(0)))
+    x = jnp.ones((32, 4))
+    out, _ = jax.jit(fn.train)(params, jax.random.key(0), x)
+    assert out.shape == fn(params, x).shape == (3, 32, 4)
+    assert not np.array_equal(out[0] == 0, out[1] == 0)
+
+
 def test_shared_modules_and_other_collections():
     class Shared(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):

@@ -83,7 +83,7 @@ def test_two_of_four_leaves_out_what_cannot_be_grouped():
 
 def test_where_pattern_predicate_and_mapping():
     for where in (
-        "dense/*kernel",
+        "dense/*",
         lambda path, leaf: path == "dense/kernel",
         {"conv/*": False, "*/kernel": True},
     ):
@@ -136,14 +136,21 @@ def test_apply_is_multiplication_by_the_mask_and_works_under_jit():
         (lambda p: jx.prune.masks(p, 0.5, kind="4:2"), "kind='4:2' must be \"unstructured\" or"),
         (lambda p: jx.prune.masks(p, 0.9, kind="2:4"), "kind='2:4' removes 0.5 of the weights"),
         (lambda p: jx.prune.masks(p, 0.5, scope=cast(Any, "all")), "scope='all' must be"),
-        (lambda p: jx.prune.masks(p, 0.5, where="con/*"), "where='con/\\*' matches no leaf; the"),
+        (
+            lambda p: jx.prune.masks(p, 0.5, where="con/*"),
+            "where='con/\\*' matches no kernel; they are: conv/kernel, dense/kernel",
+        ),
+        (
+            lambda p: jx.prune.masks(p, 0.5, where=cast(Any, {"conv/*": 0.9})),
+            r"where\['conv/\*'\]=0.9 must be True or False",
+        ),
         (lambda p: jx.prune.masks({}, 0.5), "no leaf to prune"),
         (
             lambda p: jx.prune.masks(jx.quantize.weights(p), 0.5),
             "conv/kernel: is a QTensor; prune first, or jx.quantize.dequantize the tree",
         ),
         (
-            lambda p: jx.prune.masks({"n": jnp.ones((2, 2), int)}, 0.5, where="n"),
+            lambda p: jx.prune.masks({"n": jnp.ones((2, 2), int)}, 0.5, where=lambda *_: True),
             "n: only floating-point leaves can be pruned",
         ),
         (

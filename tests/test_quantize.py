@@ -102,14 +102,24 @@ def test_where():
     assert isinstance(q["b"], QTensor)
 
 
+def every(path, leaf) -> bool:
+    return True
+
+
 @pytest.mark.parametrize(
     ("params", "options", "message"),
     [
         ({"w": jnp.ones((2, 2))}, {"bits": 4}, "bits=4 must be 8"),
         ({"b": jnp.ones(2)}, {}, "no leaf to quantize"),
-        ({"w": jnp.ones((2, 2), int)}, {"where": "w"}, r"w: is int32 of shape \(2, 2\); leave it"),
+        (
+            {"w": jnp.ones((2, 2), int)},
+            {"where": every},
+            r"w: is int32 of shape \(2, 2\); leave it",
+        ),
         ({"w": jnp.array([[jnp.nan]])}, {}, "w: holds NaN or infinity"),
-        (jx.quantize.weights({"w": jnp.ones((2, 2))}), {"where": "w"}, "w: is a QTensor already"),
+        (jx.quantize.weights({"w": jnp.ones((2, 2))}), {"where": every}, "w: is a QTensor already"),
+        ({"w": jnp.ones(4)}, {"where": every}, r"w: is float32 of shape \(4,\); leave it out"),
+        (jx.quantize.weights({"w": jnp.ones((2, 2))}), {}, "no leaf to quantize"),
     ],
 )
 def test_bad_input(params, options, message):

@@ -71,6 +71,43 @@ def test_learns_and_reports_what_it_did():
     assert metrics.loss == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.contrib.prodigy(),  # keeps the parameters in its state
+        optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),  # wants the loss
+        optax.polyak_sgd(),
+        optax.lbfgs(),  # searches along a line, calling the loss
+        optax.chain(optax.add_noise(0.01, 0.55, jax.random.key(0)), optax.sgd(0.1)),
+    ],
+    ids=["prodigy", "plateau", "polyak", "lbfgs", "noise"],
+)
+def test_any_optimizer(optimizer):
+    acc = jx.Accelerator(hand_written(), optimizer)
+    history = acc.fit(batches(4), epochs=2, progress=False)
+    assert acc.step == 8
+    assert np.isfinite(history[-1].train.loss)
+
+
+def test_a_teacher_keeps_its_statistics_in_float32():
+    seen = []
+    fn, params = linen_net()
+
+    def followed(params, x):
+        seen.append([leaf.dtype for leaf in jax.tree.leaves(params["batch_stats"])])
+        return fn(params, x)
+
+    acc = jx.Accelerator(
+        hand_written(),
+        optax.sgd(0.1),
+        precision="bfloat16",
+        teacher=(followed, params),
+        loss=lambda s, t, y: jx.distill.loss(s, t, y, reduction="none"),
+    )
+    acc.fit(batches(1), progress=False)
+    assert set(seen[0]) == {jnp.dtype("float32")}
+
+
 def test_batch_norm_and_dropout_train_and_go_back_into_the_module():
     model = jx.nn.ConvNet(rngs=nnx.Rngs(0), input_shape=(28, 28, 1), widths=(4, 8), dense=(16,))
     acc = jx.Accelerator(model, optax.adam(1e-2))
@@ -311,7 +348,7 @@ BATCH = batches(1)[0]
                 (hand_written()[0], jx.quantize.weights(hand_written()[1])), optax.sgd(0.1)
             ),
             TypeError,
-            "hidden/kernel/values: cannot train a leaf of type int8; a quan.*dequantize",
+            "hidden/kernel/values: cannot train a leaf of type int8, only .*dequantize",
         ),
         (
             lambda: jx.Accelerator(hand_written(), optax.sgd(0.1)).module(),

@@ -131,7 +131,8 @@ class Accelerator:
             train: re-iterable batches: ``{"image", "label"}`` dicts, with ``"mask"`` False on
                 padding, or ``(image, label)`` pairs. Integer images are scaled from [0, 255] to
                 [0, 1] on the device. All batches take the shape of the first: a short last one is
-                padded and masked, so that nothing compiles twice.
+                padded and masked, so that nothing compiles twice. Batch norm still sees the
+                copies that pad it: give its loader ``drop_last=True``.
             epochs: passes over `train`, >= 1.
             validation: re-iterable batches to evaluate after each epoch.
             progress: show a bar with images per second, loss and accuracy.
@@ -273,8 +274,8 @@ def _check_trainable(params: PyTree) -> None:
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             kind = getattr(leaf, "dtype", type(leaf).__name__)
             raise TypeError(
-                f"{path}: cannot train a leaf of type {kind}; a quantized tree goes through "
-                "jx.quantize.dequantize first"
+                f"{path}: cannot train a leaf of type {kind}, only floating-point arrays; "
+                "a quantized tree goes through jx.quantize.dequantize first"
             )
 
 

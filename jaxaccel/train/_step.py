@@ -55,7 +55,9 @@ def initial(params: PyTree, optimizer: optax.GradientTransformation, seed: int) 
     params = jax.tree.map(jnp.array, params)
     trained, _ = split(params)
     key = jax.random.key(seed)
-    return State(params, optimizer.init(trained), key, jnp.int32(0), zeros())
+    # Some optimizers keep the parameters themselves; no buffer may be donated twice.
+    moments = jax.tree.map(jnp.copy, optimizer.init(trained))
+    return State(params, moments, key, jnp.int32(0), zeros())
 
 
 def zeros() -> Totals:
@@ -78,8 +80,12 @@ def train(program: Program, state: State, teacher_params: PyTree, batch: Batch) 
         values = _losses(program, outputs, teacher_params, images, batch)
         return _masked_sum(values, batch) / _count(batch), (outputs, updates, values)
 
-    gradients, (outputs, updates, values) = jax.grad(objective, has_aux=True)(trained)
-    changes, optimizer = program.optimizer.update(gradients, state.optimizer, trained)
+    (loss, kept), gradients = jax.value_and_grad(objective, has_aux=True)(trained)
+    outputs, updates, values = kept
+    # What line searches and plateau schedules ask for; other optimizers ignore it.
+    extra = {"value": loss, "grad": gradients, "value_fn": lambda trained: objective(trained)[0]}
+    update = optax.with_extra_args_support(program.optimizer).update
+    changes, optimizer = update(gradients, state.optimizer, trained, **extra)
     params = join(optax.apply_updates(trained, changes), _updated(fixed, updates))
     totals = _add(state.totals, outputs, values, batch, state.step)
     return State(params, optimizer, key, state.step + 1, totals)
@@ -161,7 +167,8 @@ def _losses(
 ) -> Float[Array, " batch"]:
     arguments = [outputs, batch["label"]]
     if program.teacher is not None:
-        followed = program.teacher(_cast(teacher_params, program.dtype), images)
+        trained, fixed = split(teacher_params)
+        followed = program.teacher(join(_cast(trained, program.dtype), fixed), images)
         followed = jax.lax.stop_gradient(_cast(followed, _result_dtype(program.dtype)))
         arguments.insert(1, followed)
     values = program.loss(*arguments)
