@@ -166,3 +166,9 @@ def test_apply_is_multiplication_by_the_mask_and_works_under_jit():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(tree())
+
+
+def test_random_criterion_differs_between_leaves_of_one_shape():
+    params = {"a": jnp.ones((8, 8)), "b": jnp.ones((8, 8))}
+    masks = jx.prune.masks(params, 0.5, scope="local", criterion=jx.prune.random(jax.random.key(0)))
+    assert not np.array_equal(masks["a"], masks["b"])
