@@ -18,14 +18,14 @@ import jax
 from matplotlib.figure import Figure
 
 import jaxaccel as jx
-from experiments import common, mnist
+from experiments import common, mnist, networks
 
 # (name of the claim, the one that should be better, the one it is held against)
 CLAIMS = (
     ("the teacher's help", "distilled", "student"),
     ("magnitude over random masks", "pruned", "random masks"),
     ("student for teacher", "distilled", "teacher"),
-    ("80% of the weights removed", "pruned", "distilled"),
+    ("80% of pointwise and dense weights removed", "pruned", "distilled"),
     ("int8 for float32 weights", "int8", "pruned"),
 )
 
@@ -106,7 +106,7 @@ def plot(path: Path, accuracies: dict[str, list[float]], dataset: str) -> None:
 def costs(splits: jx.data.Splits) -> tuple[int, int]:
     """Multiply-accumulates of the teacher and of the student, for one image."""
     image = jax.ShapeDtypeStruct((1, *splits.train.image.shape[1:]), "float32")
-    pair = (jx.functional(mnist.convnet(splits, 0, separable=s)) for s in (False, True))
+    pair = (jx.functional(networks.build(splits, 0, separable=s)) for s in (False, True))
     teacher, student = (jx.measure.macs(fn, params, image) for fn, params in pair)
     return teacher, student
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -42,7 +43,7 @@ class Samples(NamedTuple):
 def samples(fn: Callable, params: Any, test: jx.data.Arrays, count: int = 24) -> Samples:
     """The first test images, half of them mistakes where there are as many."""
     images, labels = test.image[:2000], test.label[:2000]
-    predictions = np.asarray(fn(params, common.scaled(images)).argmax(-1))
+    predictions = np.asarray(jax.jit(fn)(params, common.scaled(images)).argmax(-1))
     wrong = np.flatnonzero(predictions != labels)[: count // 2]
     right = np.flatnonzero(predictions == labels)[: count - len(wrong)]
     chosen = np.concatenate([right, wrong])

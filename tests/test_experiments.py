@@ -5,9 +5,12 @@ import re
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
-from experiments import accuracy, mnist, report
+import jaxaccel as jx
+from experiments import accuracy, mnist, networks, report
 
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -39,6 +42,20 @@ def test_main_job_writes_its_report(tmp_path):
     assert html.count("data:image/png;base64,") == 3
     assert not re.search(r'(src|href)="(?!data:)', html)  # nothing lies outside the file
     assert results["machine"]["jax"] in html
+
+
+@pytest.mark.parametrize("side", [28, 56])
+def test_the_student_is_smaller_and_its_few_kernels_stay_whole(side):
+    part = jx.data.arrays(np.zeros((10, side, side, 1), np.uint8), np.arange(10))
+    splits = jx.data.Splits(part, part, part)
+    teacher, student = accuracy.costs(splits)
+    assert teacher >= 3 * student
+    _, params = jx.functional(networks.build(splits, 0, separable=True))
+    masks = jx.prune.masks(params, mnist.SPARSITY, where=mnist.PRUNED)["params"]
+    assert all(mask.shape == () for mask in jax.tree.leaves(masks["conv1"]))
+    assert masks["conv2"]["depthwise"]["kernel"].shape == ()
+    kept = masks["conv2"]["pointwise"]["kernel"]
+    assert kept.shape == params["params"]["conv2"]["pointwise"]["kernel"].shape
 
 
 @pytest.mark.parametrize(
