@@ -14,6 +14,8 @@ its own. Between the two stand the steps from one to the other, so that each cau
     + donation         the state's buffers are reused
     Accelerator        uint8 images live on the device, are shuffled, gathered and scaled there;
                        NaN check, history and progress included
+    4 steps a call     Accelerator with steps_per_call=4
+    bfloat16           Accelerator with precision="bfloat16"
 """
 
 import random
@@ -109,9 +111,9 @@ def split_once(batches: list[dict], seed: int, *, donate: bool) -> Run:
     return run
 
 
-def accelerator(data: jx.data.Arrays, size: int, seed: int) -> Run:
+def accelerator(data: jx.data.Arrays, size: int, seed: int, **options: Any) -> Run:
     """The loop of Accelerator.fit itself, its history and its NaN check included."""
-    acc = jx.Accelerator(model(seed), optax.adam(1e-3), seed=seed)
+    acc = jx.Accelerator(model(seed), optax.adam(1e-3), seed=seed, **options)
     loader = jx.data.device_loader(data, size, seed=seed)
     return lambda: acc.fit(loader, progress=False)
 
@@ -131,6 +133,8 @@ def candidates(size: int, seed: int) -> dict[str, Run]:
         "split once": split_once(host, seed, donate=False),
         "+ donation": split_once(host, seed, donate=True),
         "Accelerator": accelerator(data, size, seed),
+        "4 steps a call": accelerator(data, size, seed, steps_per_call=4),
+        "bfloat16": accelerator(data, size, seed, precision="bfloat16"),
     }
 
 
@@ -183,16 +187,16 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
     loops = list(dict.fromkeys(row["loop"] for row in rows))
     for i, loop in enumerate(loops):
         own = [row for row in rows if row["loop"] == loop]
-        x = np.arange(len(own)) + 0.16 * (i - (len(loops) - 1) / 2)
+        x = np.arange(len(own)) + 0.12 * (i - (len(loops) - 1) / 2)
         y = [row["speedup"] for row in own]
         low, high = zip(*(row["speedup_quartiles"] for row in own), strict=True)
         error = np.abs([np.subtract(y, low), np.subtract(high, y)])
-        axes.bar(x, y, 0.15, yerr=error, capsize=2, label=loop)
+        axes.bar(x, y, 0.11, yerr=error, capsize=2, label=loop)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(range(len(BATCHES)), [f"batch {size}" for size in BATCHES])
     axes.set_ylabel("training steps per second, over nnx.jit's")
     axes.set_title(f"ConvNet, Adam; {common.machine_line()}", fontsize=9)
-    axes.legend(ncols=3, fontsize=8, loc="upper right")
+    axes.legend(ncols=4, fontsize=8, loc="upper right")
     axes.set_ylim(0, 1.35 * max(row["speedup_quartiles"][1] for row in rows))
     figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.15)
 
