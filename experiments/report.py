@@ -2,6 +2,7 @@
 
 import base64
 import html
+import statistics
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 import jaxaccel as jx
 from experiments import common
@@ -91,8 +93,9 @@ def _factor(name: str, factor: float) -> str:
 
 
 def _speed(base: dict[str, Any], row: dict[str, Any], size: int) -> str:
-    key, where = f"ratio_{size}", f"at batch {size}"
-    ratio, low, high = (x / base[key] for x in (row[key], *row[f"{key}_quartiles"]))
+    key, where = f"rounds_ms_{size}", f"at batch {size}"
+    ratios = [own / other for own, other in zip(row[key], base[key], strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
     if low <= SAME[1] and high >= SAME[0]:
         return f"no faster {where} ({ratio:.2f} of the time)"
     if ratio < 1:
@@ -189,7 +192,9 @@ def _training(rows: Rows) -> Figure:
     axes = figure.subplots()
     for row in rows:
         if curve := row["validation_curve"]:
-            axes.plot(range(1, len(curve) + 1), [100 * a for a in curve], label=row["name"])
+            epochs, values = range(1, len(curve) + 1), [100 * a for a in curve]
+            axes.plot(epochs, values, marker=".", label=row["name"])  # a line of one point is none
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="epoch", ylabel="validation accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -90,8 +90,8 @@ def test_without_a_gpu_it_says_not_measured():
 
 def row(name: str, **changes) -> dict:
     base = {"name": name, "method": "m", "accuracy": 0.9, "macs": 100, "bytes": 1000}
-    base |= {"compressed_bytes": 900, "ratio_1": 1.0, "ratio_128": 1.0}
-    base |= {"ratio_1_quartiles": [0.97, 1.03], "ratio_128_quartiles": [0.97, 1.03]}
+    base |= {"compressed_bytes": 900}
+    base |= {"rounds_ms_1": [0.97, 1.0, 1.03], "rounds_ms_128": [0.97, 1.0, 1.03]}
     return base | changes
 
 
@@ -99,8 +99,8 @@ def test_verdicts_say_what_was_not_bought():
     rows = [
         row("teacher"),
         row("pruned", compressed_bytes=300, accuracy=0.89),
-        row("fast", ratio_128=0.5, ratio_128_quartiles=[0.48, 0.53], macs=200),
-        row("slow", ratio_1=2.0, ratio_1_quartiles=[1.9, 2.1], bytes=250),
+        row("fast", rounds_ms_128=[0.48, 0.5, 0.53], macs=200),
+        row("slow", rounds_ms_1=[1.9, 2.0, 2.1], bytes=250),
     ]
     _, pruned, fast, slow = report.verdicts(rows)
     assert "accuracy -1.00 points; MACs unchanged; bytes unchanged; 3.0x fewer zlib" in pruned
@@ -109,6 +109,15 @@ def test_verdicts_say_what_was_not_bought():
     assert "2.0x more MACs" in fast
     assert "2.0x slower at batch 1" in slow
     assert "4.0x fewer bytes" in slow
+
+
+def test_a_single_epoch_is_drawn():
+    figure = report._training([row("teacher", validation_curve=[0.5])])
+    assert figure.axes[0].lines[0].get_marker() != "None"
+
+
+def test_any_data_set_names_a_file():
+    assert accuracy.slug("tfds:a/b:1.0.0") == "tfds-a-b-1.0.0"
 
 
 def test_claims_are_made_only_beyond_the_interval():
@@ -124,5 +133,6 @@ def test_claims_are_made_only_beyond_the_interval():
     assert said["the teacher's help"] == "better"
     assert said["student for teacher"] == "worse"
     assert said["magnitude over random masks"] == "no difference shown"
-    tables = accuracy.tables(accuracies, accuracy.claims(accuracies), "markdown")
+    tables = accuracy.tables(accuracies, accuracy.claims(accuracies), range(7, 10), "markdown")
+    assert "| seed 7 | seed 8 | seed 9 |" in tables
     assert "| no difference shown" in tables

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import jaxaccel as jx
 from experiments import mnist
@@ -40,6 +41,21 @@ def test_main_job_on_idx_files(tmp_path):
     mnist.main([*arguments, "--epochs", "1", "--device", "cpu"])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["sizes"].startswith("1,000 train, 5,000 validation, 358 test")
+
+
+def test_cluttered_is_hard_enough_for_claims():
+    splits = jx.data.digits("cluttered")
+    train = jx.data.device_loader(splits.train, 64)
+    model = jx.nn.ConvNet(
+        input_shape=(56, 56, 1), widths=(8, 16, 32), dropout=0.25, rngs=nnx.Rngs(0)
+    )
+    schedule = optax.cosine_onecycle_schedule(4 * len(train), 4e-3)
+    acc = jx.Accelerator(
+        model, optax.adam(schedule), augment=jx.augment.random_rotation(10, "bilinear")
+    )
+    acc.fit(train, epochs=4, progress=False)
+    accuracy = acc.evaluate(jx.data.device_loader(splits.test, 64, shuffle=False)).accuracy
+    assert 0.90 < accuracy < 0.96
 
 
 @pytest.mark.parametrize("case", ZOO, ids=lambda c: c.name)

@@ -292,7 +292,8 @@ def test_the_bar_shows_only_in_a_long_measurement(monkeypatch, show, seconds):
 
 def fake(*ratios: float, name: str = "candidate") -> measure.Comparison:
     rows = [
-        measure.Row(f"{name} {i}", r, r, r, r, 0.9 * r, 1.2 * r, 1, 4) for i, r in enumerate(ratios)
+        measure.Row(f"{name} {i}", r, r, r, r, 0.9 * r, 1.2 * r, 1, 4, (r,))
+        for i, r in enumerate(ratios)
     ]
     return measure.Comparison(tuple(rows), f"{name} 0", 9, "1 x cpu", "0.0", "2026-01-01")
 

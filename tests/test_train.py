@@ -326,6 +326,7 @@ BATCH = batches(1)[0]
             ValueError,
             "a batch of 16 samples follows a first one of 4",
         ),
+        (lambda: fit([BATCH], precision="float64"), ValueError, 'precision="float64" needs'),
         (lambda: fit([BATCH], precision="fp8"), ValueError, "precision='fp8' must be one of"),
         (lambda: fit([BATCH], steps_per_call=0), ValueError, "steps_per_call=0 must be an integer"),
         (

@@ -23,7 +23,10 @@ from jaxaccel.measure._table import Style, table
 
 
 class Row(NamedTuple):
-    """One candidate: milliseconds per call and ratio to the baseline, with their quartiles."""
+    """One candidate: milliseconds per call and ratio to the baseline, with their quartiles.
+
+    ``rounds_ms`` holds the time of each round, so that any two rows can be paired by round.
+    """
 
     name: str
     median_ms: float
@@ -34,6 +37,7 @@ class Row(NamedTuple):
     ratio_high: float
     parameters: int
     parameter_bytes: int
+    rounds_ms: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -260,10 +264,12 @@ def _progress(rounds: int, show: bool) -> Iterator[Callable[[], None]]:
 
 def _row(name: str, seconds: Mapping[str, list[float]], baseline: str, params: Any) -> Row:
     own = seconds[name]
-    low, median, high = _quartiles([1000 * value for value in own])
+    rounds_ms = tuple(1000 * value for value in own)
+    low, median, high = _quartiles(rounds_ms)
     ratios = [value / base for value, base in zip(own, seconds[baseline], strict=True)]
     ratio_low, ratio, ratio_high = _quartiles(ratios)
-    return Row(name, median, low, high, ratio, ratio_low, ratio_high, *parameter_size(params))
+    size = parameter_size(params)
+    return Row(name, median, low, high, ratio, ratio_low, ratio_high, *size, rounds_ms)
 
 
 def _quartiles(values: Sequence[float]) -> list[float]:

@@ -97,6 +97,8 @@ class Accelerator:
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision={precision!r} must be one of {', '.join(PRECISIONS)}")
+        if precision == "float64" and jnp.result_type(float) != jnp.float64:
+            raise ValueError('precision="float64" needs jax.config.update("jax_enable_x64", True)')
         self.fn, params = model if isinstance(model, tuple) else functional(model)
         _check_trainable(params)
         forward, forward_train = _forwards(self.fn, transform)
