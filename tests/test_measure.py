@@ -219,7 +219,8 @@ def quick(**kwargs) -> measure.Comparison:
 def test_compare_reports_every_candidate():
     found = quick()
     first, second = found.rows
-    assert first[:1] + first[4:] == ("one", 1.0, 1.0, 1.0, 32, 128)
+    assert first[:1] + first[4:9] == ("one", 1.0, 1.0, 1.0, 32, 128)
+    assert min(first.rounds_ms) <= first.median_ms <= max(first.rounds_ms)
     assert (second.name, second.parameters) == ("two", 64)
     assert 0 < second.low_ms <= second.median_ms <= second.high_ms
     assert 0 < second.ratio_low <= second.ratio <= second.ratio_high
@@ -249,7 +250,8 @@ def test_compare_counts_the_devices_of_the_result():
 def test_comparison_as_json_and_markdown():
     found = quick()
     again = json.loads(json.dumps(found.to_dict()))
-    assert again["rows"][1] == found.rows[1]._asdict()
+    row = found.rows[1]
+    assert again["rows"][1] == row._asdict() | {"rounds_ms": list(row.rounds_ms)}
     assert {"baseline", "rounds", "device", "jax_version", "date"} <= set(again)
     lines = [line for line in found.markdown().splitlines() if line.startswith("|")]
     assert lines[1] == "| --- |" + " ---: |" * 8

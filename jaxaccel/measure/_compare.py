@@ -64,7 +64,8 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain dicts, lists, strings and numbers, for ``json.dump``."""
-        return asdict(self) | {"rows": [row._asdict() for row in self.rows]}
+        rows = [row._asdict() | {"rounds_ms": list(row.rounds_ms)} for row in self.rows]
+        return asdict(self) | {"rows": rows}
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws each candidate's ratio to the baseline, with its quartiles, into an image file.
@@ -97,7 +98,7 @@ class Comparison:
 
     def _table(self, style: Style) -> str:
         columns = ("candidate", "ms", "25%", "75%", "ratio", "25%", "75%", "parameters", "bytes")
-        return table(columns, self.rows, style)
+        return table(columns, [row[:-1] for row in self.rows], style)  # not every round
 
 
 def compare(
