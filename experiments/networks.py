@@ -28,8 +28,7 @@ def build(splits: jx.data.Splits, seed: int, *, separable: bool) -> nnx.Module:
 class Finder(nnx.Module):
     """3x3 convolutions with batch norm, a mean over places, a classifier: finds what is small.
 
-    The mean over places makes the position of the digit irrelevant; batch norm lets the separable
-    form learn as fast as the plain one.
+    The mean over places makes the position of the digit irrelevant.
 
     Args:
         num_classes: Classes.
