@@ -257,7 +257,7 @@ REFUSED = {
     ),
     "data.tfds('tensor_digits', 'train', FOLDER + '/tfrecord')": (
         "ValueError: tensor_digits in FOLDER/tfrecord has no random access; run tfds build "
-        "tensor_digits --data_dir FOLDER/tfrecord --file_format array_record"
+        "tensor_digits --overwrite --data_dir FOLDER/tfrecord --file_format array_record"
     ),
     "data.tfds('tensor_digits', 'valid', FOLDER)": "ValueError: Unknown split 'valid'",
     "data.tfds('tensor_digits', 'train', FOLDER)[20]": "IndexError: row 20 of 20",

@@ -190,8 +190,10 @@ def tfds(name: str, split: str, data_dir: str | Path | None = None) -> Source:
     image, label = _image_and_label(name, builder.info)
     try:
         return _Rows(builder.as_data_source(split), image, label)
-    except NotImplementedError as error:
-        raise ValueError(f"{name} in {root} has no random access; run {command}") from error
+    except NotImplementedError as error:  # how TFDS says that the records are TFRecords
+        # Without --overwrite the command would find them and do nothing.
+        again = command.replace(" --data_dir", " --overwrite --data_dir", 1)
+        raise ValueError(f"{name} in {root} has no random access; run {again}") from error
 
 
 def _prepared(root: Path, name: str, command: str) -> Path:
