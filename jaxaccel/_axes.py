@@ -1,0 +1,334 @@
+"""The axes of a traced value, and the ties between them.
+
+An axis is one of three things. `Labels`: it comes from a parameter, and each index has a label;
+an index is dropped when its label is. `Free`: it depends on no parameter's axis (random bits,
+iota, a constant, a broadcast); it is computed whole, and cut where it meets labels. `OPAQUE`: it
+stays whole (an input's axis, a batch, a pixel); labels that meet it are pinned.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import numpy as np
+
+from jaxaccel._graph import Graph, Node
+
+# A reshape that mixes a labelled axis with others gets one label index per element of the result.
+_MAX_MERGED = 1 << 24
+
+
+@dataclass(eq=False, slots=True, frozen=True)
+class Labels:
+    """One label per index; `zero`: whether the value is zero there whenever the label is masked."""
+
+    ids: np.ndarray
+    zero: np.ndarray
+
+    def __getitem__(self, index: Any) -> "Labels":
+        """The labels of some of the indices, as NumPy would index them."""
+        return Labels(self.ids[index], self.zero[index])
+
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Labels":
+        return Labels(function(self.ids), function(self.zero))
+
+
+@dataclass(eq=False, slots=True)
+class Free:
+    """Computed whole; `ids` are the labels it is cut to where it is used."""
+
+    uniform: bool = False  # the same at every index
+    zero: bool = False  # zero at every index
+    ids: np.ndarray | None = None
+
+
+class Opaque:
+    """Stays whole."""
+
+    def __repr__(self) -> str:
+        return "OPAQUE"
+
+
+OPAQUE: Final = Opaque()
+Axis: TypeAlias = Labels | Free | Opaque
+
+
+@dataclass(eq=False, slots=True)
+class Axes:
+    """The axes of one operand of a node; indexed and iterated like a tuple.
+
+    Attributes:
+        axes: one `Axis` per dimension.
+        shape: its shape as traced.
+        constant: the number that every element is, where that is known.
+        sources: the parameters it is computed from, None where anything else has a part.
+    """
+
+    axes: tuple[Axis, ...]
+    shape: tuple[Any, ...]
+    constant: float | None = None
+    sources: frozenset[int] | None = frozenset()
+
+    def __len__(self) -> int:
+        return len(self.axes)
+
+    def __getitem__(self, k: int) -> Axis:
+        return self.axes[k]
+
+    def __iter__(self) -> Iterator[Axis]:
+        return iter(self.axes)
+
+    def for_use(self) -> "Axes":
+        """A copy whose free axes can be cut for one use."""
+        null = self.constant == 0
+        axes = (Free(a.uniform, null) if isinstance(a, Free) else a for a in self.axes)
+        return Axes(tuple(axes), self.shape, self.constant, self.sources)
+
+
+class Merge(NamedTuple):
+    """A reshape of which one factor may shrink: `grid` has the labels of the merged axis."""
+
+    grid: np.ndarray
+    factors: dict[int, np.ndarray]  # axis of the grid -> its labels
+    reason: str
+
+
+class Ties:
+    """Labels in a union-find, the pinned classes with their reasons, and open choices.
+
+    A rule's ``tie(ties, node, *operands)`` calls these methods and returns, for each output of
+    the node, its axes.
+    """
+
+    def __init__(self) -> None:
+        self.parent: list[int] = []
+        self.pinned: dict[int, str] = {}  # root -> reason
+        self.unmasked: set[int] = set()  # parameters that must keep their values where masked
+        self.node: Node | None = None
+        self._merges: list[Merge] = []
+
+    def inside(self, body: Graph, operands: Sequence[Axes]) -> list[Axes]:
+        """The results of a body of the node, for operands with these axes."""
+        raise NotImplementedError
+
+    def new(self, size: int) -> np.ndarray:
+        """Fresh labels."""
+        start = len(self.parent)
+        self.parent.extend(range(start, start + size))
+        return np.arange(start, start + size)
+
+    def find(self, label: int) -> int:
+        parent = self.parent
+        while parent[label] != label:
+            parent[label] = parent[parent[label]]
+            label = parent[label]
+        return label
+
+    def roots(self, labels: np.ndarray) -> list[int]:
+        return [self.find(label) for label in np.ravel(labels).tolist()]
+
+    def tie(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Makes labels live and die together, index by index (arrays broadcast)."""
+        if a is b:
+            return
+        a, b = np.broadcast_arrays(a, b)
+        for i, j in zip(self.roots(a), self.roots(b), strict=True):
+            i, j = self.find(i), self.find(j)
+            if i == j:
+                continue
+            i, j = max(i, j), min(i, j)
+            self.parent[i] = j
+            if i in self.pinned:
+                self.pinned.setdefault(j, self.pinned.pop(i))
+
+    def pin(self, axis: Axis, why: str, where: Any = slice(None)) -> None:
+        """Keeps the labels of an axis (or those `where`) from ever being dropped."""
+        if isinstance(axis, Labels):
+            roots = self.roots(axis.ids[where])
+            if any(root not in self.pinned for root in roots):
+                reason = self.reason(why)
+                for root in roots:
+                    self.pinned.setdefault(root, reason)
+
+    def reason(self, why: str) -> str:
+        at = f" at {self.node.source}" if self.node and self.node.source else ""
+        return f"{why}{at}"
+
+    def same(self, *axes: Axis, zero: np.ndarray | None = None) -> Axis:
+        """The axis of a result whose operands go together index by index.
+
+        Args:
+            axes: the operands' axes, all of one size.
+            zero: where the result is zero when masked; by default where every operand is.
+        """
+        labelled = [axis for axis in axes if isinstance(axis, Labels)]
+        if not labelled:
+            return _unlabelled(axes)
+        if any(axis is OPAQUE for axis in axes):
+            for axis in labelled:
+                self.pin(axis, "meets an axis of the input or another that stays whole")
+            return OPAQUE
+        first = labelled[0].ids
+        every = np.ones(len(first), bool)
+        for axis in axes:
+            if isinstance(axis, Labels):
+                self.tie(first, axis.ids)
+            elif isinstance(axis, Free):
+                self._cut(axis, first)
+            every &= axis.zero if isinstance(axis, Labels | Free) else True
+        return Labels(first, every if zero is None else zero)
+
+    def _cut(self, axis: Free, ids: np.ndarray) -> None:
+        if axis.ids is None:
+            axis.ids = ids
+        else:
+            self.tie(axis.ids, ids)
+
+    def labelled(self, axis: Axis, size: int) -> Labels:
+        """The axis with labels whatever it is: fresh ones for a free axis, pinned if opaque."""
+        if isinstance(axis, Labels):
+            return axis
+        labels = Labels(self.new(size), np.full(size, isinstance(axis, Free) and axis.zero))
+        if isinstance(axis, Free):
+            self._cut(axis, labels.ids)
+        else:
+            self.pin(labels, "stays whole")
+        return labels
+
+    def contract(self, a: Axis, b: Axis) -> None:
+        """Two axes multiplied and summed over: legal where one of the factors is zero."""
+        zero = _zero(a) | _zero(b)
+        both = self.same(a, b, zero=zero)
+        if isinstance(both, Labels):
+            self.total(both)
+
+    def total(self, axis: Axis) -> None:
+        """An axis summed over: labels whose value is not zero where masked are pinned."""
+        if isinstance(axis, Labels) and not axis.zero.all():
+            self.pin(axis, f"'{self._name()}' sums over values that masking leaves", ~axis.zero)
+
+    def singular(self, operand: Axes, k: int, where: np.ndarray) -> None:
+        """Masking would make this zero a divisor: the parameters it comes from stay unmasked."""
+        axis = operand[k] if len(operand) else None
+        if isinstance(axis, Labels) and where.any():
+            if operand.sources:
+                self.unmasked |= operand.sources
+            else:
+                self.pin(axis, f"'{self._name()}' of a value that masking makes zero", where)
+
+    def _name(self) -> str:
+        return self.node.name if self.node else ""
+
+    def merge(self, axes: Sequence[Axis], sizes: Sequence[int]) -> Axis:
+        """The axis that a reshape makes of several."""
+        pairs = [(axis, size) for axis, size in zip(axes, sizes, strict=True) if size != 1]
+        if len(pairs) == 1:
+            return pairs[0][0]
+        labelled = {k: a for k, (a, _) in enumerate(pairs) if isinstance(a, Labels)}
+        if not labelled:
+            return _unlabelled([axis for axis, _ in pairs])
+        shape = [size for _, size in pairs]
+        if not all(isinstance(size, int) for size in shape) or prod(shape) > _MAX_MERGED:
+            for axis in labelled.values():
+                self.pin(axis, "a reshape merges it with an axis of unknown or very great size")
+            return OPAQUE
+        grids = {k: _along(axis, k, shape) for k, axis in labelled.items()}
+        zero = np.logical_and.reduce([grid.zero for grid in grids.values()]).ravel()
+        if len(labelled) == 1:
+            return next(iter(grids.values())).map(np.ravel)
+        ids = self.new(prod(shape))
+        factors = {k: axis.ids for k, axis in labelled.items()}
+        self._merges.append(Merge(ids.reshape(shape), factors, self.reason(_ONE_FACTOR)))
+        return Labels(ids, zero)
+
+    def split(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
+        """The axes that a reshape makes of one."""
+        inner = [k for k, size in enumerate(sizes) if size != 1]
+        out: list[Axis] = [OPAQUE] * len(sizes)
+        if not isinstance(axis, Labels) or len(inner) == 1:
+            for k in inner:
+                out[k] = Free(axis.uniform) if isinstance(axis, Free) else axis
+            return out
+        ids, zero = axis.ids.reshape(sizes), axis.zero.reshape(sizes)
+        varying = [k for k in inner if (ids != ids.take([0], k)).any()] or inner[-1:]
+        factors: dict[int, np.ndarray] = {}
+        for k in varying:
+            others = tuple(j for j in range(len(sizes)) if j != k)
+            single = len(varying) == 1
+            factors[k] = ids.min(others) if single else self.new(sizes[k])
+            out[k] = Labels(factors[k], np.all(zero, others))
+        if len(varying) > 1:
+            self._merges.append(Merge(ids, factors, self.reason(_ONE_FACTOR)))
+        return out
+
+    def decide(self, dropped: np.ndarray | None = None) -> None:
+        """Settles the open reshapes, those with a single choice first.
+
+        Where labels are already `dropped`, the factor that they leave whole rows of is chosen.
+        """
+        if dropped is not None and len(dropped):
+            for merge in self._merges:
+                self._follow(merge, dropped)
+            self._merges.clear()
+        later = []
+        for merge in self._merges:
+            shares = self._shares(merge)
+            if sum(share > 0 for share in shares.values()) > 1:
+                later.append(merge)
+            else:
+                self._settle(merge, shares)
+        for merge in later:
+            self._settle(merge, self._shares(merge))
+        self._merges.clear()
+
+    def _shares(self, merge: Merge) -> dict[int, float]:
+        """The share of each factor's labels that could still be dropped if it were chosen."""
+        pinned = np.array([root in self.pinned for root in self.roots(merge.grid)], bool)
+        pinned = pinned.reshape(merge.grid.shape)
+        shares = {}
+        for k, ids in merge.factors.items():
+            own = np.array([root in self.pinned for root in self.roots(ids)], bool)
+            others = tuple(j for j in range(merge.grid.ndim) if j != k)
+            shares[k] = float(1 - np.mean(own | pinned.any(others)))
+        return shares
+
+    def _follow(self, merge: Merge, dropped: np.ndarray) -> None:
+        gone = set(self.roots(dropped))
+        is_gone = lambda ids: np.array([r in gone for r in self.roots(ids)], bool)
+        grid = is_gone(merge.grid).reshape(merge.grid.shape)
+        shares = self._shares(merge)
+        for k, ids in merge.factors.items():
+            others = tuple(j for j in range(grid.ndim) if j != k)
+            rows = grid.all(others)
+            if is_gone(ids).any() or (rows.any() and (grid.any(others) == rows).all()):
+                shares[k] += 2
+        self._settle(merge, shares)
+
+    def _settle(self, merge: Merge, shares: dict[int, float]) -> None:
+        chosen = max(shares, key=lambda k: (shares[k], k))
+        for k, ids in merge.factors.items():
+            if k == chosen:
+                shape = [-1 if j == k else 1 for j in range(merge.grid.ndim)]
+                self.tie(merge.grid, ids.reshape(shape))
+            else:
+                for root in self.roots(ids):
+                    self.pinned.setdefault(root, merge.reason)
+
+
+_ONE_FACTOR = "a reshape splits or merges it with another axis, and only one of them can shrink"
+
+
+def _unlabelled(axes: Sequence[Axis]) -> Axis:
+    if not axes or any(not isinstance(axis, Free) for axis in axes):
+        return OPAQUE
+    return Free(all(isinstance(axis, Free) and axis.uniform for axis in axes))
+
+
+def _zero(axis: Axis) -> Any:
+    return axis.zero if isinstance(axis, Labels | Free) else np.bool_(True)
+
+
+def _along(axis: Labels, k: int, shape: Sequence[int]) -> Labels:
+    index = tuple(slice(None) if j == k else None for j in range(len(shape)))
+    return axis.map(lambda part: np.broadcast_to(part[index], shape))

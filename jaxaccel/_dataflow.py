@@ -1,0 +1,76 @@
+"""What depends on what in a graph: dead code, constants, and the bodies of calls inlined."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxaccel._graph import Atom, Graph, Literal, Node, Value, run
+
+_INLINED = ("jit", "closed_call", "remat2")
+
+
+def needed(graph: Graph, outputs: Sequence[Atom] | None = None) -> Graph:
+    """The graph without dead code: what its outputs (or the given ones) and effects need."""
+    outputs = graph.outputs if outputs is None else list(outputs)
+    alive = {atom for atom in outputs if isinstance(atom, Value)}
+    nodes = []
+    for node in reversed(graph.nodes):
+        if node.effects or not alive.isdisjoint(node.outputs):
+            nodes.append(node)
+            alive.update(atom for atom in node.inputs if isinstance(atom, Value))
+    constants = {v: c for v, c in graph.constants.items() if v in alive}
+    return Graph(graph.inputs, nodes[::-1], list(outputs), constants)
+
+
+def known(graph: Graph, values: Iterable[Value]) -> set[Value]:
+    """Everything that depends on `values` and constants alone, without effects."""
+    found = {*values, *graph.constants}
+    for node in graph.nodes:
+        alone = all(isinstance(atom, Literal) or atom in found for atom in node.inputs)
+        if alone and not node.effects:
+            found.update(node.outputs)
+    return found
+
+
+def fold_constants(graph: Graph, given: Mapping[Value, Any]) -> Graph:
+    """The graph with `given` inputs fixed, and all that depends on them alone computed now."""
+    fixed = known(graph, given)
+    rest = [n for n in graph.nodes if n.effects or not fixed.issuperset(n.outputs)]
+    read = {atom for node in rest for atom in node.inputs} | set(graph.outputs)
+    wanted = [atom for atom in read if isinstance(atom, Value) and atom in fixed]
+    free = [value for value in graph.inputs if value not in given]
+    constants = dict(zip(wanted, evaluate(graph, given, wanted), strict=True))
+    return Graph(free, rest, graph.outputs, constants)
+
+
+def evaluate(graph: Graph, given: Mapping[Value, Any], wanted: Sequence[Value]) -> list[Any]:
+    """The `wanted` values, compiled as one program, from the given inputs."""
+    part = needed(graph, wanted)
+    part = Graph(list(given), part.nodes, part.outputs, part.constants)
+    return jax.jit(lambda arguments: run(part, arguments))(list(given.values()))
+
+
+def flatten(graph: Graph) -> Graph:
+    """The graph with the bodies of jit and remat in place of their calls."""
+    nodes: list[Node] = []
+    constants: dict[Value, Any] = {}
+    outputs = _inline(graph, graph.inputs, nodes, constants)
+    return Graph(graph.inputs, nodes, outputs, constants)
+
+
+def _inline(
+    graph: Graph, inputs: Sequence[Atom], nodes: list[Node], constants: dict[Value, Any]
+) -> list[Atom]:
+    renamed: dict[Value, Atom] = dict(zip(graph.inputs, inputs, strict=True))
+    constants.update(graph.constants)
+    rename = lambda atom: renamed.get(atom, atom) if isinstance(atom, Value) else atom
+    for node in graph.nodes:
+        operands = [rename(atom) for atom in node.inputs]
+        if node.name in _INLINED:
+            results = _inline(node.bodies[0], operands, nodes, constants)
+            renamed.update(zip(node.outputs, results, strict=True))
+        else:
+            place = (operands, node.outputs, node.run, node.bodies, node.info, node.effects)
+            nodes.append(Node(node.name, node.params, *place))
+    return [rename(atom) for atom in graph.outputs]

@@ -1,0 +1,344 @@
+"""Any JAX function as a graph that can be read, cut and run again.
+
+The only file that touches jaxprs, and the only one that knows the versions of JAX apart. A graph
+is a jaxpr whose every call has its own copy of the called body: a value or a node can be a key.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.core
+import jax.extend.core as jex
+import numpy as np
+from jax import lax
+from jax.extend import source_info_util
+from jaxtyping import Array
+
+Literal = jex.Literal
+
+
+class Value:
+    """One traced array; `aval` has its shape, dtype, sharding and weak type."""
+
+    __slots__ = ("aval",)
+
+    def __init__(self, aval: Any) -> None:
+        self.aval: Any = aval
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return getattr(self.aval, "shape", ())
+
+
+Atom: TypeAlias = Value | Literal
+
+
+def shape_of(atom: Atom) -> tuple[Any, ...]:
+    return atom.shape if isinstance(atom, Value) else np.shape(atom.val)
+
+
+Body: TypeAlias = Callable[..., Sequence[Array]]
+# run(node, operands) -> results, or None to have the node run as it was traced.
+Rule: TypeAlias = Callable[["Node", list[Array]], Sequence[Array] | None]
+
+# Primitives that call their body once, with their operands.
+_CALLS = {
+    "jit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One equation: `outputs` are `primitive` of `inputs` under the static `params`."""
+
+    name: str
+    params: dict[str, Any]
+    inputs: list[Atom]
+    outputs: list[Value]
+    run: Callable[..., list[Array]]
+    bodies: tuple["Graph", ...] = ()
+    info: Any = None
+    effects: bool = False
+
+    @property
+    def source(self) -> str:
+        """The line that made it: "models/net.py:31 (__call__)"."""
+        if self.info is None:
+            return ""
+        place, _, function = source_info_util.summarize(self.info).partition(" ")
+        path, *position = place.split(":")
+        line = ":".join(["/".join(path.split("/")[-2:]), *position[:1]])
+        return f"{line} {function}".strip()
+
+
+@dataclass(eq=False, slots=True)
+class Graph:
+    """Nodes in the order they run, from `inputs` and `constants` to `outputs`."""
+
+    inputs: list[Value]
+    nodes: list[Node]
+    outputs: list[Atom]
+    constants: dict[Value, Any] = field(default_factory=dict)
+
+
+class Trace(NamedTuple):
+    """A traced call: its graph, and where its flat inputs and outputs stand in the trees."""
+
+    graph: Graph
+    paths: list[str]  # of every input; "params/conv1/kernel" for the first argument's leaves
+    num_params: int  # how many inputs are leaves of the first argument
+    out_tree: Any
+    out_paths: list[str]
+
+
+def trace(fn: Callable, *args: Any) -> Trace:
+    """The graph of ``fn(*args)``; the leaves of `args` are arrays, or avals of them.
+
+    Raises:
+        TypeError: a leaf of `args` or of the result is no array, or `fn` closes over a value
+            that is being traced.
+    """
+    arguments = [leaf_paths(arg, "" if i == 0 else f"args[{i}]") for i, arg in enumerate(args)]
+    avals = [
+        jax.tree.unflatten(jax.tree.structure(arg), [_aval(p, v) for p, v in leaves.items()])
+        for arg, leaves in zip(args, arguments, strict=True)
+    ]
+    closed, shapes = jax.make_jaxpr(lambda *a: _checked(fn(*a)), return_shape=True)(*avals)
+    for constant in closed.consts:
+        if isinstance(constant, jax.core.Tracer):
+            raise TypeError(
+                f"fn closes over a traced value of type {jax.typeof(constant)}: it is being "
+                "transformed outside of fn; pass it to fn as an argument"
+            )
+    paths = [path for leaves in arguments for path in leaves]
+    out_tree = jax.tree.structure(shapes)
+    return Trace(_graph(closed), paths, len(arguments[0]), out_tree, list(leaf_paths(shapes)))
+
+
+def leaf_paths(tree: Any, root: str = "") -> dict[str, Any]:
+    """``{"conv1/kernel": leaf}`` in tree order, below `root`."""
+    found = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        found["/".join(filter(None, (root, path)))] = leaf
+    return found
+
+
+def _aval(path: str, leaf: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and hasattr(leaf, "update"):
+        return leaf  # an aval already
+    try:
+        return jax.typeof(leaf)
+    except TypeError:
+        raise TypeError(
+            f"{path or 'params'}: expected an array, got {type(leaf).__name__}; "
+            "fn takes pytrees of arrays (close over anything else)"
+        ) from None
+
+
+def _checked(result: Any) -> Any:
+    for path, leaf in leaf_paths(result).items():
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
+            where = f" at {path}" if path else ""
+            raise TypeError(
+                f"fn returns a {type(leaf).__name__}{where}; it may only return pytrees of arrays"
+            )
+    return result
+
+
+def _graph(closed: Any) -> Graph:
+    """The graph of a jaxpr, with values and nodes of its own."""
+    jaxpr = getattr(closed, "jaxpr", closed)
+    values: dict[Any, Value] = {}
+
+    def new(var: Any) -> Value:
+        values[var] = Value(var.aval)
+        return values[var]
+
+    def read(atom: Any) -> Atom:
+        return atom if isinstance(atom, Literal) else values[atom]
+
+    consts = getattr(closed, "consts", ())
+    constants = {new(v): c for v, c in zip(jaxpr.constvars, consts, strict=True)}
+    inputs = [new(v) for v in jaxpr.invars]
+    nodes = [
+        _node(eqn, [read(v) for v in eqn.invars], [new(v) for v in eqn.outvars])
+        for eqn in jaxpr.eqns
+    ]
+    return Graph(inputs, nodes, [read(v) for v in jaxpr.outvars], constants)
+
+
+def _node(eqn: Any, inputs: list[Atom], outputs: list[Value]) -> Node:
+    name, params = eqn.primitive.name, eqn.params
+
+    def run(operands: Sequence[Array], **changed: Any) -> list[Array]:
+        bound = eqn.primitive.get_bind_params(params | changed)
+        with ExitStack() as stack:
+            _enter(eqn, stack)
+            result = eqn.primitive.bind(*operands, **bound)
+        return list(result) if eqn.primitive.multiple_results else [result]
+
+    bodies = tuple(_graph(jaxpr) for jaxpr in _bodies(name, params))
+    return Node(name, params, inputs, outputs, run, bodies, eqn.source_info, bool(eqn.effects))
+
+
+def _enter(eqn: Any, stack: ExitStack) -> None:
+    """What runs here is traced with the source line and scope of the original equation."""
+    info = eqn.source_info
+    names = source_info_util.current_name_stack() + info.name_stack
+    stack.enter_context(source_info_util.user_context(info.traceback, name_stack=names))
+    stack.enter_context(eqn.ctx.manager)
+
+
+def _bodies(name: str, params: Mapping[str, Any]) -> Sequence[Any]:
+    if name in _CALLS:
+        return (params[_CALLS[name]],)
+    if name == "scan":
+        return (params["jaxpr"],)
+    if name == "while":
+        return (params["cond_jaxpr"], params["body_jaxpr"])
+    return params["branches"] if name == "cond" else ()
+
+
+def run(graph: Graph, arguments: Sequence[Any], rule: Rule | None = None) -> list[Any]:
+    """Runs the graph; where `rule` gives results, they stand for the node's own."""
+    values: dict[Value, Any] = dict(graph.constants)
+    values.update(zip(graph.inputs, arguments, strict=True))
+
+    def read(atom: Atom) -> Any:
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    for node in graph.nodes:
+        operands = [read(atom) for atom in node.inputs]
+        results = rule(node, operands) if rule else None
+        results = node.run(operands) if results is None else results
+        values.update(zip(node.outputs, results, strict=True))
+    return [read(atom) for atom in graph.outputs]
+
+
+class Loop(NamedTuple):
+    """How many operands of a scan, a while or a cond are what."""
+
+    consts: int = 0  # a while: those of its condition
+    body_consts: int = 0  # a while only
+    carry: int = 0
+
+
+def loop(node: Node) -> Loop:
+    """The split of the operands of a scan or while; JAX 0.10 and 0.11 store it differently."""
+    if node.name == "while":
+        consts, body_consts = node.params["cond_nconsts"], node.params["body_nconsts"]
+        return Loop(consts, body_consts, len(node.inputs) - consts - body_consts)
+    (body,) = node.bodies
+    carry = _same_rank(node.outputs, body.outputs)
+    scanned = len(node.inputs) - _same_rank(node.inputs, body.inputs)
+    return Loop(len(node.inputs) - carry - scanned, 0, carry)
+
+
+def _same_rank(outside: Iterable[Atom], inside: Iterable[Atom]) -> int:
+    """How many values of a scan have no scanned axis; a scanned one has one rank more outside."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(len(shape_of(a)) == len(shape_of(b)) for a, b in pairs)
+
+
+def rerun(node: Node, operands: Sequence[Any], bodies: Sequence[Body]) -> list[Any]:
+    """Runs a call or a loop with other bodies, whose operands may have other shapes."""
+    if node.name == "scan":
+        return _scan(node, operands, bodies[0])
+    if node.name == "while":
+        consts, body_consts, _ = loop(node)
+        first, second, carry = _split(operands, consts, body_consts)
+        return list(
+            lax.while_loop(
+                lambda state: bodies[0](*first, *state)[0],
+                lambda state: tuple(bodies[1](*second, *state)),
+                tuple(carry),
+            )
+        )
+    if node.name == "cond":
+        index, *rest = operands
+        index = lax.convert_element_type(index, np.int32)
+        return list(lax.switch(index, [lambda *a, b=b: tuple(b(*a)) for b in bodies], *rest))
+    called = lambda *a: tuple(bodies[0](*a))
+    if node.name == "remat2":
+        kept = {name: node.params[name] for name in ("prevent_cse", "policy")}
+        called = jax.checkpoint(called, **kept)
+    elif node.name == "jit":
+        called.__name__ = node.params["name"]
+        called = jax.jit(called, **_shardings(node.params))
+    return list(called(*operands))
+
+
+def _scan(node: Node, operands: Sequence[Any], body: Body) -> list[Any]:
+    num_consts, _, num_carry = loop(node)
+    consts, init, xs = _split(operands, num_consts, num_carry)
+
+    def step(carry: Any, x: Any) -> Any:
+        out = body(*consts, *carry, *x)
+        return tuple(out[:num_carry]), tuple(out[num_carry:])
+
+    kept = {name: node.params[name] for name in ("length", "reverse", "unroll")}
+    carry, ys = lax.scan(step, tuple(init), tuple(xs), **kept)
+    return [*carry, *ys]
+
+
+def _split(items: Sequence[Any], first: int, second: int) -> tuple[list, list, list]:
+    both = first + second
+    return list(items[:first]), list(items[first:both]), list(items[both:])
+
+
+def _shardings(params: Mapping[str, Any]) -> dict[str, Any]:
+    given = {}
+    for name in ("in_shardings", "out_shardings"):
+        wanted = [s if isinstance(s, jax.sharding.Sharding) else None for s in params[name]]
+        if any(wanted):
+            given[name] = tuple(wanted)
+    return given
+
+
+def jvp_graph(node: Node, active: Sequence[int]) -> Graph:
+    """The graph of ``(*operands, *tangents of the active operands) -> (*outputs, *tangents)``."""
+
+    def jvp(*args: Any) -> Any:
+        operands, tangents = list(args[: len(node.inputs)]), args[len(node.inputs) :]
+
+        def of_active(*values: Any) -> Any:
+            full = list(operands)
+            for place, value in zip(active, values, strict=True):
+                full[place] = value
+            return tuple(node.run(full))
+
+        outputs, moved = jax.jvp(of_active, tuple(operands[i] for i in active), tangents)
+        return *outputs, *(t for t in moved if t.dtype != jax.dtypes.float0)
+
+    avals = [atom.aval for atom in node.inputs]
+    return _graph(jax.make_jaxpr(jvp)(*avals, *(avals[i].to_tangent_aval() for i in active)))
+
+
+def vjp_graph(node: Node, active: Sequence[int], results: Sequence[int]) -> Graph:
+    """The graph of ``(*operands, *cotangents of the results) -> cotangents of the active``."""
+
+    def vjp(*args: Any) -> Any:
+        operands, cotangents = list(args[: len(node.inputs)]), args[len(node.inputs) :]
+
+        def of_active(*values: Any) -> Any:
+            full = list(operands)
+            for place, value in zip(active, values, strict=True):
+                full[place] = value
+            out = node.run(full)
+            return tuple(out[i] for i in results)
+
+        return jax.vjp(of_active, *(operands[i] for i in active))[1](tuple(cotangents))
+
+    avals = [atom.aval for atom in node.inputs]
+    outs = [node.outputs[i].aval.to_tangent_aval() for i in results]
+    return _graph(jax.make_jaxpr(vjp)(*avals, *outs))

@@ -1,0 +1,102 @@
+"""The pass that gives every axis of every traced value its channel labels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxaccel._axes import OPAQUE, Axes, Axis, Free, Labels, Ties
+from jaxaccel._graph import Atom, Graph, Literal, Node, Trace, Value
+from jaxaccel._rules import constant, rule_of
+
+
+class Labelling(Ties):
+    """The ties of a graph, and the axes of each node's operands and results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operands: dict[Node, list[Axes]] = {}
+        self.results: dict[Node, list[Axes]] = {}
+        self.outputs: dict[Graph, list[Axes]] = {}
+
+    def inside(self, body: Graph, operands: Sequence[Axes]) -> list[Axes]:
+        axes: dict[Value, Axes] = {v: _constant_axes(c) for v, c in body.constants.items()}
+        axes.update(zip(body.inputs, operands, strict=True))
+        caller = self.node
+        for node in body.nodes:
+            self.node = node
+            used = [_read(axes, atom).for_use() for atom in node.inputs]
+            results = self._apply(node, used)
+            self.operands[node], self.results[node] = used, results
+            axes.update(zip(node.outputs, results, strict=True))
+        self.node = caller
+        self.outputs[body] = [_read(axes, atom).for_use() for atom in body.outputs]
+        return self.outputs[body]
+
+    def _apply(self, node: Node, used: list[Axes]) -> list[Axes]:
+        found = rule_of(node.name).tie(self, node, *used)
+        shapes = [out.shape for out in node.outputs]
+        if [len(axes) for axes in found] != [len(shape) for shape in shapes]:
+            raise ValueError(
+                f"the rule of {node.name!r} gives {[len(axes) for axes in found]} axes for results "
+                f"of shapes {shapes}; it must return one list per result, one axis per dimension"
+            )
+        known = [x.sources for x in used]
+        whole = None if None in known else frozenset().union(*(s for s in known if s))
+        number = constant(node, used)
+        return [
+            Axes(tuple(axes), shape, number, whole)
+            for axes, shape in zip(found, shapes, strict=True)
+        ]
+
+
+def _read(axes: dict[Value, Axes], atom: Atom) -> Axes:
+    return _constant_axes(atom.val) if isinstance(atom, Literal) else axes[atom]
+
+
+def _constant_axes(value: Any) -> Axes:
+    shape = np.shape(value)
+    number = None
+    if shape == () and isinstance(value, np.generic | np.ndarray | int | float | bool):
+        number = float(np.real(value))
+    return Axes(tuple(Free() for _ in shape), shape, number)
+
+
+def label(trace: Trace) -> tuple[Labelling, list[Axes]]:
+    """The labelling of a traced function, and the axes of its inputs.
+
+    The first argument's leaves get labels and are zero where masked, but for those that would
+    then be a divisor; those are in ``labelling.unmasked``. The other inputs and all outputs stay
+    whole.
+    """
+    unmasked: set[int] = set()
+    while True:
+        labelling = Labelling()
+        inputs = [
+            _parameter(labelling, place, value, place not in unmasked)
+            if place < trace.num_params
+            else Axes((OPAQUE,) * len(value.shape), value.shape, None, None)
+            for place, value in enumerate(trace.graph.inputs)
+        ]
+        for path, out in zip(trace.out_paths, labelling.inside(trace.graph, inputs), strict=True):
+            for axis in out:
+                labelling.pin(axis, f"reaches the output {path}".rstrip())
+        labelling.decide()
+        if labelling.unmasked <= unmasked:
+            labelling.unmasked = unmasked
+            return labelling, inputs
+        unmasked |= labelling.unmasked
+
+
+def _parameter(ties: Ties, place: int, value: Value, masked: bool) -> Axes:
+    dtype = value.aval.dtype
+    whole = jnp.issubdtype(dtype, jax.dtypes.extended)  # random keys
+
+    def axis(size: Any) -> Axis:
+        if whole or size == 1 or not isinstance(size, int):
+            return OPAQUE
+        return Labels(ties.new(size), np.full(size, masked))
+
+    return Axes(tuple(map(axis, value.shape)), value.shape, None, frozenset({place}))

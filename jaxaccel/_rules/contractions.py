@@ -1,0 +1,97 @@
+"""Products with sums: dot_general and every kind of convolution."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array
+
+from jaxaccel._axes import OPAQUE, Axes, Axis, Free, Labels, Ties
+from jaxaccel._graph import Node
+from jaxaccel._rules._table import Cut, Results, add, changed
+
+
+def _either(a: Axis, b: Axis) -> Any:
+    """A product is zero where either factor is."""
+    zeros = [axis.zero for axis in (a, b) if isinstance(axis, Labels | Free)]
+    return np.logical_or.reduce(np.broadcast_arrays(*zeros)) if zeros else None
+
+
+def _dot_general(t: Ties, node: Node, lhs: Axes, rhs: Axes) -> Results:
+    (contract_l, contract_r), (batch_l, batch_r) = node.params["dimension_numbers"]
+    for i, j in zip(contract_l, contract_r, strict=True):
+        t.contract(lhs[i], rhs[j])
+    pairs = zip(batch_l, batch_r, strict=True)
+    batch = [t.same(lhs[i], rhs[j], zero=_either(lhs[i], rhs[j])) for i, j in pairs]
+    left = [lhs[k] for k in range(len(lhs)) if k not in (*contract_l, *batch_l)]
+    right = [rhs[k] for k in range(len(rhs)) if k not in (*contract_r, *batch_r)]
+    return [[*batch, *left, *right]]
+
+
+def _conv(t: Ties, node: Node, x: Axes, kernel: Axes) -> Results:
+    p, layout = node.params, node.params["dimension_numbers"]
+    (batch, features, *pixels), (out, into, *taps) = layout.lhs_spec, layout.rhs_spec
+    for axis in [*(x[k] for k in pixels), *(kernel[k] for k in taps)]:
+        t.pin(axis, "a convolution slides over it")
+    images: Axis = x[batch]
+    if p["batch_group_count"] > 1:
+        t.contract(x[features], kernel[into])
+        images, made = _batch_groups(t, p["batch_group_count"], x, kernel, batch, out)
+    elif p["feature_group_count"] == 1:
+        t.contract(x[features], kernel[into])
+        made = kernel[out]
+    elif kernel.shape[into] == 1:
+        made = _depthwise(t, x[features], kernel[out], kernel.shape[out] // x.shape[features])
+    else:
+        made = _grouped(t, p["feature_group_count"], x[features], kernel[into], kernel[out])
+    axes: list[Axis] = [OPAQUE] * len(x)
+    axes[layout.out_spec[0]], axes[layout.out_spec[1]] = images, made
+    return [axes]
+
+
+def _depthwise(t: Ties, features: Axis, out: Axis, multiplier: int) -> Axis:
+    """Each input channel makes `multiplier` outputs in a row, of its own."""
+    if multiplier > 1 and isinstance(features, Labels):
+        features = features.map(lambda part: np.repeat(part, multiplier))
+    elif multiplier > 1 and isinstance(features, Free):
+        features = OPAQUE
+    return t.same(features, out, zero=_either(features, out))
+
+
+def _grouped(t: Ties, groups: int, features: Axis, into: Axis, out: Axis) -> Axis:
+    """Groups stay of one size: the j-th channels of all groups go together."""
+    if isinstance(features, Labels):
+        rows = features.map(lambda part: part.reshape(groups, -1))
+        t.tie(rows.ids, rows.ids[:1])
+        features = Labels(rows.ids[0], np.all(rows.zero, 0))
+    elif isinstance(features, Free):
+        features = OPAQUE
+    t.contract(features, into)
+    if isinstance(out, Labels):
+        rows = out.ids.reshape(groups, -1)
+        t.tie(rows, rows[:1])
+    return out
+
+
+def _batch_groups(
+    t: Ties, groups: int, x: Axes, kernel: Axes, batch: int, out: int
+) -> tuple[Axis, Axis]:
+    """The gradient of a depthwise convolution: group i of the batch meets outputs i."""
+    if x.shape[batch] == groups:
+        multiplier = kernel.shape[out] // groups
+        return OPAQUE, _depthwise(t, x[batch], kernel[out], multiplier)
+    for axis in (x[batch], kernel[out]):
+        t.pin(axis, "a convolution groups it along the batch")
+    return OPAQUE, OPAQUE
+
+
+def _group_counts(node: Node, operands: Sequence[Array], cut: Cut) -> dict[str, Any]:
+    p, layout = node.params, node.params["dimension_numbers"]
+    x, kernel = operands[0].shape, operands[1].shape
+    if p["batch_group_count"] > 1:
+        return {"batch_group_count": x[layout.lhs_spec[0]]} if cut.shapes else {}
+    return {"feature_group_count": x[layout.lhs_spec[1]] // kernel[layout.rhs_spec[1]]}
+
+
+add("dot_general", _dot_general)
+add("conv_general_dilated", _conv, changed(_group_counts))

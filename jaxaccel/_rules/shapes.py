@@ -1,0 +1,367 @@
+"""Primitives that move, cut, join or reduce axes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array
+
+from jaxaccel._axes import OPAQUE, Axes, Axis, Free, Labels, Ties
+from jaxaccel._graph import Node, shape_of
+from jaxaccel._rules._table import Cut, Results, add, changed, pinned
+
+
+def _transpose(t: Ties, node: Node, x: Axes) -> Results:
+    return [[x[k] for k in node.params["permutation"]]]
+
+
+def _squeeze(t: Ties, node: Node, x: Axes) -> Results:
+    gone = node.params["dimensions"]
+    return [[axis for k, axis in enumerate(x) if k not in gone]]
+
+
+def _rev(t: Ties, node: Node, x: Axes) -> Results:
+    turned = node.params["dimensions"]
+    flip = lambda axis: axis[::-1] if isinstance(axis, Labels) else axis
+    return [[flip(axis) if k in turned else axis for k, axis in enumerate(x)]]
+
+
+def _broadcast(t: Ties, node: Node, x: Axes, *_: Axes) -> Results:
+    """A new or stretched axis is free: it has no labels until it meets some."""
+    shape = node.params["shape"]
+    axes: list[Axis] = [Free(uniform=True) if n != 1 else OPAQUE for n in shape]
+    for k, place in enumerate(node.params["broadcast_dimensions"]):
+        if x.shape[k] == shape[place]:
+            axes[place] = x[k]
+    return [axes]
+
+
+def _reshape(t: Ties, node: Node, x: Axes, *_: Axes) -> Results:
+    shape = node.outputs[0].shape
+    out: list[Axis] = [OPAQUE] * len(shape)
+    for ins, outs in _blocks(x.shape, shape):
+        if not ins or not outs:  # an empty array
+            for k in ins:
+                t.pin(x[k], "a reshape of an empty array")
+            continue
+        merged = t.merge([x[k] for k in ins], [x.shape[k] for k in ins])
+        for k, axis in zip(outs, t.split(merged, [shape[k] for k in outs]), strict=True):
+            out[k] = axis
+    return [out]
+
+
+def _blocks(before: Sequence[Any], after: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
+    """Consecutive axes of the one shape that hold the same elements as axes of the other."""
+    left = [k for k, n in enumerate(before) if n != 1]
+    right = [k for k, n in enumerate(after) if n != 1]
+    blocks = []
+    while left or right:
+        ins, outs = [], []
+        size_in: Any = 1
+        size_out: Any = 1
+        while not ins or not outs or size_in != size_out:
+            if left and (not right or not ins or _at_most(size_in, size_out)):
+                size_in = size_in * before[left[0]]
+                ins.append(left.pop(0))
+            elif right:
+                size_out = size_out * after[right[0]]
+                outs.append(right.pop(0))
+            else:
+                break
+        blocks.append((ins, outs))
+    return blocks
+
+
+def _at_most(a: Any, b: Any) -> bool:
+    """Symbolic sizes may not compare; then the order of taking them is all the same."""
+    return not (isinstance(a, int) and isinstance(b, int)) or a <= b
+
+
+def _concatenate(t: Ties, node: Node, *operands: Axes) -> Results:
+    along = node.params["dimension"]
+    axes = []
+    for k in range(len(operands[0])):
+        parts = [x[k] for x in operands]
+        if k != along or not any(isinstance(part, Labels) for part in parts):
+            axes.append(t.same(*parts))
+            continue
+        if not all(isinstance(x.shape[k], int) for x in operands):
+            for part in parts:
+                t.pin(part, "concatenated with an axis of unknown size")
+            axes.append(OPAQUE)
+            continue
+        full = [t.labelled(x[k], x.shape[k]) for x in operands]
+        ids, zero = ([getattr(part, name) for part in full] for name in ("ids", "zero"))
+        axes.append(Labels(np.concatenate(ids), np.concatenate(zero)))
+    return [axes]
+
+
+def _stack(t: Ties, node: Node, *operands: Axes) -> Results:
+    axes = [t.same(*(x[k] for x in operands)) for k in range(len(operands[0]))]
+    axes.insert(node.params["axis"], Free())
+    return [axes]
+
+
+def _unstack(t: Ties, node: Node, x: Axes) -> Results:
+    t.pin(x[node.params["axis"]], "it is taken apart index by index")
+    return [_without(x, [node.params["axis"]]) for _ in node.outputs]
+
+
+def _tile(t: Ties, node: Node, x: Axes) -> Results:
+    axes = []
+    for axis, size, times in zip(x, x.shape, node.params["reps"], strict=True):
+        if times != 1 and isinstance(axis, Labels):
+            axis = axis.map(lambda part, n=times: np.tile(part, n))
+        elif times != 1 and (size == 1 or isinstance(axis, Free)):
+            axis = Free(uniform=size == 1)
+        axes.append(axis)
+    return [axes]
+
+
+def _fft(t: Ties, node: Node, x: Axes) -> Results:
+    first = len(x) - len(node.params["fft_lengths"])
+    return [[a if k < first else pinned(t, a, "'fft' along it") for k, a in enumerate(x)]]
+
+
+def _split(t: Ties, node: Node, x: Axes) -> Results:
+    along, sizes = node.params["axis"], node.params["sizes"]
+    ends = np.cumsum(sizes)
+    results = []
+    for start, end in zip(ends - sizes, ends, strict=True):
+        axes = list(x)
+        axis = axes[along]
+        axes[along] = axis[start:end] if isinstance(axis, Labels) else axis
+        results.append(axes)
+    return results
+
+
+def _slice(t: Ties, node: Node, x: Axes) -> Results:
+    first, last = node.params["start_indices"], node.params["limit_indices"]
+    steps = node.params["strides"] or [1] * len(first)
+    axes = []
+    for axis, start, end, step in zip(x, first, last, steps, strict=True):
+        if isinstance(axis, Labels):
+            if step != 1 or end - start == 1:
+                t.pin(axis, "a slice takes single indices of it", slice(start, end))
+                axis = OPAQUE
+            else:
+                axis = axis[start:end]
+        axes.append(axis)
+    return [axes]
+
+
+def _resized_slice(node: Node, operands: Sequence[Array], cut: Cut) -> Sequence[Array]:
+    first, last = list(node.params["start_indices"]), list(node.params["limit_indices"])
+    for k, kept in enumerate(cut.kept[0]):
+        if kept is not None:
+            first[k] = int(np.searchsorted(kept, first[k]))
+            last[k] = int(np.searchsorted(kept, last[k]))
+    return node.run(operands, start_indices=tuple(first), limit_indices=tuple(last))
+
+
+def _pad(t: Ties, node: Node, x: Axes, value: Axes) -> Results:
+    config = node.params["padding_config"]
+    grows = any(edge != (0, 0, 0) for edge in config)
+    keeps_zero = not grows or value.constant == 0
+    axes = []
+    for axis, (low, high, inner) in zip(x, config, strict=True):
+        if isinstance(axis, Labels):
+            if not keeps_zero:
+                axis = Labels(axis.ids, np.zeros_like(axis.zero))
+            if low < 0 or high < 0 or inner:
+                axis = pinned(t, axis, "padding crops it or spreads it out")
+            elif low or high:
+                edges = [t.labelled(OPAQUE, n) for n in (low, high)]
+                parts = [edges[0], axis, edges[1]]
+                ids, zero = ([getattr(part, name) for part in parts] for name in ("ids", "zero"))
+                axis = Labels(np.concatenate(ids), np.concatenate(zero))
+        elif isinstance(axis, Free) and (low, high, inner) != (0, 0, 0):
+            axis = Free()
+        axes.append(axis)
+    return [axes]
+
+
+def _dynamic_slice(t: Ties, node: Node, x: Axes, *starts: Axes) -> Results:
+    sizes = node.params["slice_sizes"]
+    why = "a dynamic slice takes a part of it"
+    return [
+        [
+            axis if n == full else pinned(t, axis, why)
+            for axis, n, full in zip(x, sizes, x.shape, strict=True)
+        ]
+    ]
+
+
+def _dynamic_update_slice(t: Ties, node: Node, x: Axes, part: Axes, *starts: Axes) -> Results:
+    axes = []
+    for k in range(len(x)):
+        if x.shape[k] == part.shape[k]:
+            axes.append(t.same(x[k], part[k]))
+        else:
+            t.pin(part[k], "a dynamic update writes a part of an axis")
+            axes.append(pinned(t, x[k], "a dynamic update writes a part of it"))
+    return [axes]
+
+
+def _sum(t: Ties, node: Node, *operands: Axes) -> Results:
+    for x in operands:
+        for k in node.params["axes"]:
+            t.total(x[k])
+    return [_without(x, node.params["axes"]) for x in operands]
+
+
+def _reduce(t: Ties, node: Node, *operands: Axes) -> Results:
+    for x in operands:
+        for k in node.params["axes"]:
+            t.pin(x[k], f"'{node.name}' over it")
+    return [_without(x, node.params["axes"]) for x in operands][: len(node.outputs)]
+
+
+def _without(x: Axes, gone: Sequence[int]) -> list[Axis]:
+    return [axis for k, axis in enumerate(x) if k not in gone]
+
+
+def _cumulative(t: Ties, node: Node, x: Axes) -> Results:
+    axes = list(x)
+    axes[node.params["axis"]] = pinned(t, x[node.params["axis"]], f"'{node.name}' along it")
+    return [axes]
+
+
+def _sort(t: Ties, node: Node, *operands: Axes) -> Results:
+    """Every operand is permuted alike, so all their axes go together."""
+    along = node.params["dimension"]
+    results = [list(x) for x in operands]
+    for k in range(len(operands[0])):
+        together = [x[k] for x in operands]
+        if k == along:
+            for axes, axis in zip(results, together, strict=True):
+                axes[k] = pinned(t, axis, "sorted along it")
+        elif len(operands) > 1:
+            both = t.same(*together)
+            for axes, axis in zip(results, together, strict=True):
+                own = isinstance(axis, Labels) and isinstance(both, Labels)
+                axes[k] = axis if own else both
+    return results
+
+
+def _top_k(t: Ties, node: Node, x: Axes) -> Results:
+    along = node.params.get("axis", -1) % len(x)
+    axes = [pinned(t, a, "'top_k' along it") if k == along else a for k, a in enumerate(x)]
+    return [axes, axes]
+
+
+def _window(t: Ties, node: Node, *operands: Axes) -> Results:
+    """Pooling and its gradients: an axis passes where the window does not move along it."""
+    rank = len(node.outputs[0].shape)
+    full = [x for x in operands if len(x) == rank]
+    axes = []
+    for k in range(rank):
+        together = [x[k] for x in full]
+        if _still(node.params, k):
+            axes.append(t.same(*together))
+        else:
+            for axis in together:
+                t.pin(axis, f"'{node.name}' moves over it")
+            axes.append(OPAQUE)
+    return [axes for _ in node.outputs]
+
+
+def _still(params: dict[str, Any], k: int) -> bool:
+    names = ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
+    moving = any(params[name][k] != 1 for name in names if params.get(name))
+    return not moving and tuple(params.get("padding", ((0, 0),) * (k + 1))[k]) == (0, 0)
+
+
+def _gather(t: Ties, node: Node, x: Axes, indices: Axes) -> Results:
+    how, sizes = node.params["dimension_numbers"], node.params["slice_sizes"]
+    t.pin(indices[-1], "indexes with it")
+    out: list[Axis | None] = [None] * len(node.outputs[0].shape)
+    slots = iter(how.offset_dims)
+    batch = dict(zip(how.operand_batching_dims, how.start_indices_batching_dims, strict=True))
+    rows = list(indices)[:-1]
+    for k, axis in enumerate(x):
+        if k in batch:
+            rows[batch[k]] = t.same(axis, rows[batch[k]])
+        elif k in how.collapsed_slice_dims:
+            t.pin(axis, "'gather' picks indices of it")
+        else:
+            whole = sizes[k] == x.shape[k] and k not in how.start_index_map
+            out[next(slots)] = axis if whole else pinned(t, axis, "'gather' takes a part of it")
+    rest = iter(rows)
+    fill = node.params.get("fill_value")
+    axes = [axis if axis is not None else next(rest) for axis in out]
+    return [axes if fill in (None, 0) or fill != fill else [_lose_zero(a) for a in axes]]
+
+
+def _lose_zero(axis: Axis) -> Axis:
+    return Labels(axis.ids, np.zeros_like(axis.zero)) if isinstance(axis, Labels) else axis
+
+
+def _gather_sizes(node: Node, operands: Sequence[Array], cut: Cut) -> dict[str, Any]:
+    full = shape_of(node.inputs[0])
+    sizes = zip(node.params["slice_sizes"], full, operands[0].shape, strict=True)
+    return {"slice_sizes": tuple(left if n == all_of_it else n for n, all_of_it, left in sizes)}
+
+
+def _scatter(t: Ties, node: Node, x: Axes, indices: Axes, updates: Axes) -> Results:
+    how = node.params["dimension_numbers"]
+    t.pin(indices[-1], "indexes with it")
+    batch = dict(zip(how.operand_batching_dims, how.scatter_indices_batching_dims, strict=True))
+    in_window = iter(how.update_window_dims)
+    rows = iter(k for k in range(len(updates)) if k not in how.update_window_dims)
+    for k in range(len(indices) - 1):
+        t.same(indices[k], updates[next(rows)])
+    axes: list[Axis] = []
+    for k, axis in enumerate(x):
+        if k in batch:
+            axis = t.same(axis, indices[batch[k]])
+        elif k in how.inserted_window_dims:
+            axis = pinned(t, axis, f"'{node.name}' writes at indices of it")
+        else:
+            own = next(in_window)
+            if updates.shape[own] == x.shape[k] and k not in how.scatter_dims_to_operand_dims:
+                axis = t.same(axis, updates[own])
+            else:
+                t.pin(updates[own], f"'{node.name}' writes a part of an axis")
+                axis = pinned(t, axis, f"'{node.name}' writes a part of it")
+        axes.append(axis)
+    return [axes]
+
+
+_SHAPE = changed(lambda node, operands, cut: {"shape": cut.shapes[0]})
+_SIZES = changed(lambda node, operands, cut: {"slice_sizes": cut.shapes[0]})
+
+add("transpose", _transpose)
+add("squeeze", _squeeze)
+add("rev", _rev)
+add("broadcast_in_dim", _broadcast, _SHAPE)
+add("reshape", _reshape, changed(lambda node, operands, cut: {"new_sizes": cut.shapes[0]}))
+add("concatenate", _concatenate)
+add("stack", _stack)
+add("unstack", _unstack)
+add("tile", _tile)
+add("fft", _fft)
+add(
+    "split",
+    _split,
+    changed(lambda node, _, cut: {"sizes": tuple(s[node.params["axis"]] for s in cut.shapes)}),
+)
+add("slice", _slice, _resized_slice)
+add("pad", _pad)
+add("dynamic_slice", _dynamic_slice, _SIZES)
+add("dynamic_update_slice", _dynamic_update_slice)
+add("reduce_sum", _sum)
+add(
+    "reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin",
+    _reduce,
+)
+add("cumsum cumprod cummax cummin cumlogsumexp", _cumulative)
+add("sort", _sort)
+add("top_k", _top_k)
+add(
+    "reduce_window_sum reduce_window_max reduce_window_min select_and_scatter_add "
+    "select_and_gather_add",
+    _window,
+)
+add("gather", _gather, changed(_gather_sizes))
+add("scatter scatter-add scatter-mul scatter-min scatter-max scatter-sub", _scatter)
