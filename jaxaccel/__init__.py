@@ -19,13 +19,22 @@ if TYPE_CHECKING:
     from jaxaccel import nn as nn
     from jaxaccel import prune as prune
     from jaxaccel import quantize as quantize
+    from jaxaccel._check_rule import check_rule as check_rule
     from jaxaccel._functional import functional as functional
+    from jaxaccel._groups import groups as groups
+    from jaxaccel._rules import register_rule as register_rule
     from jaxaccel.train import Accelerator as Accelerator
 
 __version__ = "0.1.0"
 
 _MODULES = ("augment", "data", "distill", "measure", "nn", "prune", "quantize")
-_NAMES = {"Accelerator": "train", "functional": "_functional"}
+_NAMES = {
+    "Accelerator": "train",
+    "check_rule": "_check_rule",
+    "functional": "_functional",
+    "groups": "_groups",
+    "register_rule": "_rules",
+}
 
 
 def __getattr__(name: str):

@@ -91,6 +91,7 @@ class Merge(NamedTuple):
 
     grid: np.ndarray
     factors: dict[int, np.ndarray]  # axis of the grid -> its labels
+    free: set[int]  # factors that had no labels of their own: the last choice
     reason: str
 
 
@@ -101,12 +102,15 @@ class Ties:
     the node, its axes.
     """
 
+    whole: Final = OPAQUE
+
     def __init__(self) -> None:
         self.parent: list[int] = []
         self.pinned: dict[int, str] = {}  # root -> reason
         self.unmasked: set[int] = set()  # parameters that must keep their values where masked
         self.node: Node | None = None
         self._merges: list[Merge] = []
+        self._open: set[int] = set()
 
     def inside(self, body: Graph, operands: Sequence[Axes]) -> list[Axes]:
         """The results of a body of the node, for operands with these axes."""
@@ -117,6 +121,10 @@ class Ties:
         start = len(self.parent)
         self.parent.extend(range(start, start + size))
         return np.arange(start, start + size)
+
+    def free(self) -> Free:
+        """The axis of a result that none of its operands has."""
+        return Free()
 
     def find(self, label: int) -> int:
         parent = self.parent
@@ -233,14 +241,26 @@ class Ties:
             for axis in labelled.values():
                 self.pin(axis, "a reshape merges it with an axis of unknown or very great size")
             return OPAQUE
-        grids = {k: _along(axis, k, shape) for k, axis in labelled.items()}
-        zero = np.logical_and.reduce([grid.zero for grid in grids.values()]).ravel()
-        if len(labelled) == 1:
-            return next(iter(grids.values())).map(np.ravel)
+        if any(self._is_open(axis) for axis in labelled.values()):
+            frees = {k for k, (axis, _) in enumerate(pairs) if isinstance(axis, Free)}
+            labelled |= {k: self.labelled(pairs[k][0], shape[k]) for k in frees}
+        else:
+            frees = set()
+        grids = [_along(axis, k, shape) for k, axis in labelled.items()]
+        if len(grids) == 1:
+            return grids[0].map(np.ravel)
+        zero = np.logical_and.reduce([grid.zero for grid in grids]).ravel()
         ids = self.new(prod(shape))
-        factors = {k: axis.ids for k, axis in labelled.items()}
-        self._merges.append(Merge(ids.reshape(shape), factors, self.reason(_ONE_FACTOR)))
+        self._leave_open(ids.reshape(shape), {k: axis.ids for k, axis in labelled.items()}, frees)
         return Labels(ids, zero)
+
+    def _is_open(self, axis: Labels) -> bool:
+        """Whether its labels are a factor of a reshape that is not settled yet."""
+        return not self._open.isdisjoint(axis.ids.tolist())
+
+    def _leave_open(self, grid: np.ndarray, factors: dict[int, np.ndarray], free: set[int]) -> None:
+        self._merges.append(Merge(grid, factors, free, self.reason(_ONE_FACTOR)))
+        self._open.update(label for ids in factors.values() for label in ids.tolist())
 
     def split(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
         """The axes that a reshape makes of one."""
@@ -259,7 +279,7 @@ class Ties:
             factors[k] = ids.min(others) if single else self.new(sizes[k])
             out[k] = Labels(factors[k], np.all(zero, others))
         if len(varying) > 1:
-            self._merges.append(Merge(ids, factors, self.reason(_ONE_FACTOR)))
+            self._leave_open(ids, factors, set())
         return out
 
     def decide(self, dropped: np.ndarray | None = None) -> None:
@@ -306,7 +326,7 @@ class Ties:
         self._settle(merge, shares)
 
     def _settle(self, merge: Merge, shares: dict[int, float]) -> None:
-        chosen = max(shares, key=lambda k: (shares[k], k))
+        chosen = max(shares, key=lambda k: (shares[k], k not in merge.free, k))
         for k, ids in merge.factors.items():
             if k == chosen:
                 shape = [-1 if j == k else 1 for j in range(merge.grid.ndim)]

@@ -5,29 +5,16 @@ from typing import Any
 
 import jax
 
-from jaxaccel._graph import Atom, Graph, Literal, Node, Value, run
+from jaxaccel._graph import Atom, Graph, Node, Value, needed, run, values_of
 
 _INLINED = ("jit", "closed_call", "remat2")
-
-
-def needed(graph: Graph, outputs: Sequence[Atom] | None = None) -> Graph:
-    """The graph without dead code: what its outputs (or the given ones) and effects need."""
-    outputs = graph.outputs if outputs is None else list(outputs)
-    alive = {atom for atom in outputs if isinstance(atom, Value)}
-    nodes = []
-    for node in reversed(graph.nodes):
-        if node.effects or not alive.isdisjoint(node.outputs):
-            nodes.append(node)
-            alive.update(atom for atom in node.inputs if isinstance(atom, Value))
-    constants = {v: c for v, c in graph.constants.items() if v in alive}
-    return Graph(graph.inputs, nodes[::-1], list(outputs), constants)
 
 
 def known(graph: Graph, values: Iterable[Value]) -> set[Value]:
     """Everything that depends on `values` and constants alone, without effects."""
     found = {*values, *graph.constants}
     for node in graph.nodes:
-        alone = all(isinstance(atom, Literal) or atom in found for atom in node.inputs)
+        alone = found.issuperset(values_of(node.inputs))
         if alone and not node.effects:
             found.update(node.outputs)
     return found
@@ -37,8 +24,8 @@ def fold_constants(graph: Graph, given: Mapping[Value, Any]) -> Graph:
     """The graph with `given` inputs fixed, and all that depends on them alone computed now."""
     fixed = known(graph, given)
     rest = [n for n in graph.nodes if n.effects or not fixed.issuperset(n.outputs)]
-    read = {atom for node in rest for atom in node.inputs} | set(graph.outputs)
-    wanted = [atom for atom in read if isinstance(atom, Value) and atom in fixed]
+    read = {value for node in rest for value in values_of(node.inputs)}
+    wanted = [value for value in read.union(values_of(graph.outputs)) if value in fixed]
     free = [value for value in graph.inputs if value not in given]
     constants = dict(zip(wanted, evaluate(graph, given, wanted), strict=True))
     return Graph(free, rest, graph.outputs, constants)

@@ -99,7 +99,7 @@ class Trace(NamedTuple):
 
 
 def trace(fn: Callable, *args: Any) -> Trace:
-    """The graph of ``fn(*args)``; the leaves of `args` are arrays, or avals of them.
+    """The graph of ``fn(*args)`` without dead code; the leaves of `args` are arrays or avals.
 
     Raises:
         TypeError: a leaf of `args` or of the result is no array, or `fn` closes over a value
@@ -119,7 +119,9 @@ def trace(fn: Callable, *args: Any) -> Trace:
             )
     paths = [path for leaves in arguments for path in leaves]
     out_tree = jax.tree.structure(shapes)
-    return Trace(_graph(closed), paths, len(arguments[0]), out_tree, list(leaf_paths(shapes)))
+    return Trace(
+        needed(_graph(closed)), paths, len(arguments[0]), out_tree, list(leaf_paths(shapes))
+    )
 
 
 def leaf_paths(tree: Any, root: str = "") -> dict[str, Any]:
@@ -207,6 +209,23 @@ def _bodies(name: str, params: Mapping[str, Any]) -> Sequence[Any]:
     if name == "while":
         return (params["cond_jaxpr"], params["body_jaxpr"])
     return params["branches"] if name == "cond" else ()
+
+
+def needed(graph: Graph, outputs: Sequence[Atom] | None = None) -> Graph:
+    """The graph without dead code: what its outputs (or the given ones) and effects need."""
+    outputs = graph.outputs if outputs is None else list(outputs)
+    alive = set(values_of(outputs))
+    nodes = []
+    for node in reversed(graph.nodes):
+        if node.effects or not alive.isdisjoint(node.outputs):
+            nodes.append(node)
+            alive.update(values_of(node.inputs))
+    constants = {v: c for v, c in graph.constants.items() if v in alive}
+    return Graph(graph.inputs, nodes[::-1], list(outputs), constants)
+
+
+def values_of(atoms: Iterable[Atom]) -> list[Value]:
+    return [atom for atom in atoms if isinstance(atom, Value)]
 
 
 def run(graph: Graph, arguments: Sequence[Any], rule: Rule | None = None) -> list[Any]:

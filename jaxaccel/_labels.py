@@ -1,6 +1,6 @@
 """The pass that gives every axis of every traced value its channel labels."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccel._axes import OPAQUE, Axes, Axis, Free, Labels, Ties
-from jaxaccel._graph import Atom, Graph, Literal, Node, Trace, Value
+from jaxaccel._graph import Atom, Graph, Literal, Node, Trace, Value, values_of
 from jaxaccel._rules import constant, rule_of
 
 
@@ -64,24 +64,31 @@ def _constant_axes(value: Any) -> Axes:
     return Axes(tuple(Free() for _ in shape), shape, number)
 
 
-def label(trace: Trace) -> tuple[Labelling, list[Axes]]:
+def label(
+    trace: Trace, parameters: Container[int], *, keep_outputs: bool = True
+) -> tuple[Labelling, list[Axes]]:
     """The labelling of a traced function, and the axes of its inputs.
 
-    The first argument's leaves get labels and are zero where masked, but for those that would
-    then be a divisor; those are in ``labelling.unmasked``. The other inputs and all outputs stay
-    whole.
+    The inputs that are `parameters` get labels and are zero where masked, but for those that
+    would then be a divisor; those are in ``labelling.unmasked``. The other inputs stay whole, and
+    the outputs too if asked for.
     """
     unmasked: set[int] = set()
+    atoms = [*(atom for node in trace.graph.nodes for atom in node.inputs), *trace.graph.outputs]
+    read = set(values_of(atoms))
     while True:
         labelling = Labelling()
         inputs = [
             _parameter(labelling, place, value, place not in unmasked)
-            if place < trace.num_params
+            if place in parameters
             else Axes((OPAQUE,) * len(value.shape), value.shape, None, None)
             for place, value in enumerate(trace.graph.inputs)
         ]
+        for value, axes in zip(trace.graph.inputs, inputs, strict=True):
+            for axis in axes if value not in read else ():
+                labelling.pin(axis, "fn does not read it")
         for path, out in zip(trace.out_paths, labelling.inside(trace.graph, inputs), strict=True):
-            for axis in out:
+            for axis in out if keep_outputs else ():
                 labelling.pin(axis, f"reaches the output {path}".rstrip())
         labelling.decide()
         if labelling.unmasked <= unmasked:

@@ -63,8 +63,10 @@ class Shrunk:
         operands = [self._fit(value, axes) for value, axes in zip(operands, used, strict=True)]
         if node.bodies:
             return self._call(node, operands)
-        shapes = [self.shape(axes) for axes in self.labelling.results[node]]
-        results = list(rule_of(node.name).resize(node, operands, Cut(kept, shapes)))
+        made_axes = self.labelling.results[node]
+        left = [[self.kept(axis) for axis in axes] for axes in made_axes]
+        shapes = [self.shape(axes) for axes in made_axes]
+        results = list(rule_of(node.name).resize(node, operands, Cut(kept, left, shapes)))
         made = [jnp.shape(result) for result in results]
         if made != shapes:
             raise ValueError(

@@ -12,10 +12,11 @@ from jaxaccel._graph import Node
 
 
 class Cut(NamedTuple):
-    """What is left of a node: kept indices per operand and axis (None: all), result shapes."""
+    """What is left of a node: the kept indices of each axis, None where all are."""
 
-    kept: list[list[np.ndarray | None]]
-    shapes: list[tuple[Any, ...]]
+    operands: list[list[np.ndarray | None]]
+    results: list[list[np.ndarray | None]]
+    shapes: list[tuple[Any, ...]]  # of the results
 
 
 Results: TypeAlias = Sequence[Sequence[Axis]]
@@ -78,13 +79,13 @@ def register_rule(
             - ``t.contract(a, b)``: two axes are multiplied and summed over;
             - ``t.total(a)``: an axis is summed over;
             - ``t.pin(a, "why")``: nothing of this axis may go;
-            - ``Free()`` for a result's axis that no operand has, ``OPAQUE`` for one that must
+            - ``t.free()`` for a result's axis that no operand has, ``t.whole`` for one that must
               stay whole (after the axes it is made from were pinned).
         resize: ``resize(node, operands, cut)`` runs the node on smaller operands and returns the
-            list of results; ``cut.shapes`` are their shapes, ``cut.kept[i][k]`` the indices that
-            axis k of operand i has left, None for all. By default ``node.run(operands)``, which
-            is right unless a size is among the static parameters; then for example
-            ``node.run(operands, new_sizes=cut.shapes[0])``.
+            list of results. ``cut.shapes`` are the results' new shapes; ``cut.operands[i][k]``
+            are the indices that axis k of operand i has left, None for all; ``cut.results`` the
+            same. The default, ``node.run(operands)``, is right unless a size is among the static
+            parameters; then for example ``node.run(operands, new_sizes=cut.shapes[0])``.
         replace: whether an existing rule may be replaced.
 
     Raises:

@@ -90,10 +90,13 @@ def _concatenate(t: Ties, node: Node, *operands: Axes) -> Results:
                 t.pin(part, "concatenated with an axis of unknown size")
             axes.append(OPAQUE)
             continue
-        full = [t.labelled(x[k], x.shape[k]) for x in operands]
-        ids, zero = ([getattr(part, name) for part in full] for name in ("ids", "zero"))
-        axes.append(Labels(np.concatenate(ids), np.concatenate(zero)))
+        axes.append(_joined([t.labelled(x[k], x.shape[k]) for x in operands]))
     return [axes]
+
+
+def _joined(parts: Sequence[Labels]) -> Labels:
+    ids, zero = [part.ids for part in parts], [part.zero for part in parts]
+    return Labels(np.concatenate(ids), np.concatenate(zero))
 
 
 def _stack(t: Ties, node: Node, *operands: Axes) -> Results:
@@ -152,7 +155,7 @@ def _slice(t: Ties, node: Node, x: Axes) -> Results:
 
 def _resized_slice(node: Node, operands: Sequence[Array], cut: Cut) -> Sequence[Array]:
     first, last = list(node.params["start_indices"]), list(node.params["limit_indices"])
-    for k, kept in enumerate(cut.kept[0]):
+    for k, kept in enumerate(cut.operands[0]):
         if kept is not None:
             first[k] = int(np.searchsorted(kept, first[k]))
             last[k] = int(np.searchsorted(kept, last[k]))
@@ -171,14 +174,23 @@ def _pad(t: Ties, node: Node, x: Axes, value: Axes) -> Results:
             if low < 0 or high < 0 or inner:
                 axis = pinned(t, axis, "padding crops it or spreads it out")
             elif low or high:
-                edges = [t.labelled(OPAQUE, n) for n in (low, high)]
-                parts = [edges[0], axis, edges[1]]
-                ids, zero = ([getattr(part, name) for part in parts] for name in ("ids", "zero"))
-                axis = Labels(np.concatenate(ids), np.concatenate(zero))
+                first, last = (Labels(t.new(n), np.full(n, keeps_zero)) for n in (low, high))
+                axis = _joined([first, axis, last])
         elif isinstance(axis, Free) and (low, high, inner) != (0, 0, 0):
             axis = Free()
         axes.append(axis)
     return [axes]
+
+
+def _padding(node: Node, operands: Sequence[Array], cut: Cut) -> dict[str, Any]:
+    config = []
+    for k, (low, high, inner) in enumerate(node.params["padding_config"]):
+        kept = cut.results[0][k]
+        if kept is not None:
+            start, end = np.searchsorted(kept, [low, low + shape_of(node.inputs[0])[k]])
+            low, high = int(start), len(kept) - int(end)
+        config.append((low, high, inner))
+    return {"padding_config": tuple(config)}
 
 
 def _dynamic_slice(t: Ties, node: Node, x: Axes, *starts: Axes) -> Results:
@@ -347,7 +359,7 @@ add(
     changed(lambda node, _, cut: {"sizes": tuple(s[node.params["axis"]] for s in cut.shapes)}),
 )
 add("slice", _slice, _resized_slice)
-add("pad", _pad)
+add("pad", _pad, changed(_padding))
 add("dynamic_slice", _dynamic_slice, _SIZES)
 add("dynamic_update_slice", _dynamic_update_slice)
 add("reduce_sum", _sum)

@@ -4,6 +4,7 @@
 claims, and ``table``, ``interval`` and ``paired`` print and judge what experiments find.
 """
 
+from jaxaccel._table import table as table
 from jaxaccel.measure._compare import Comparison as Comparison
 from jaxaccel.measure._compare import Row as Row
 from jaxaccel.measure._compare import compare as compare
@@ -13,4 +14,3 @@ from jaxaccel.measure._cost import macs as macs
 from jaxaccel.measure._interval import Interval as Interval
 from jaxaccel.measure._interval import interval as interval
 from jaxaccel.measure._interval import paired as paired
-from jaxaccel.measure._table import table as table

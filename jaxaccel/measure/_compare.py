@@ -18,8 +18,8 @@ import jax
 from rich.console import Console
 from rich.progress import Progress
 
+from jaxaccel._table import Style, table
 from jaxaccel.measure._cost import parameter_size
-from jaxaccel.measure._table import Style, table
 
 
 class Row(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxaccel.measure._table import table
+from jaxaccel._table import table
 
 
 @dataclass(frozen=True)
