@@ -163,12 +163,13 @@ class Ties:
         at = f" at {self.node.source}" if self.node and self.node.source else ""
         return f"{why}{at}"
 
-    def same(self, *axes: Axis, zero: np.ndarray | None = None) -> Axis:
+    def same(self, *axes: Axis, zero: np.ndarray | bool | None = None) -> Axis:
         """The axis of a result whose operands go together index by index.
 
         Args:
             axes: the operands' axes, all of one size.
-            zero: where the result is zero when masked; by default where every operand is.
+            zero: where the result is zero when masked, a bool or one per index; by default where
+                every operand is.
         """
         labelled = [axis for axis in axes if isinstance(axis, Labels)]
         if not labelled:
@@ -185,7 +186,11 @@ class Ties:
             elif isinstance(axis, Free):
                 self._cut(axis, first)
             every &= axis.zero if isinstance(axis, Labels | Free) else True
-        return Labels(first, every if zero is None else zero)
+        return Labels(first, every if zero is None else np.broadcast_to(zero, every.shape))
+
+    def product(self, a: Axis, b: Axis) -> Axis:
+        """`same`, for a result that is zero where either operand is."""
+        return self.same(a, b, zero=np.logical_or(_zero(a), _zero(b)))
 
     def _cut(self, axis: Free, ids: np.ndarray) -> None:
         if axis.ids is None:
@@ -206,8 +211,7 @@ class Ties:
 
     def contract(self, a: Axis, b: Axis) -> None:
         """Two axes multiplied and summed over: legal where one of the factors is zero."""
-        zero = _zero(a) | _zero(b)
-        both = self.same(a, b, zero=zero)
+        both = self.product(a, b)
         if isinstance(both, Labels):
             self.total(both)
 

@@ -18,7 +18,10 @@ _TRIALS = 5
 
 @dataclass(frozen=True)
 class RuleReport:
-    """What `check_rule` found: for each operand and axis, "free" or why it is pinned."""
+    """What `check_rule` found: each operand's axes are "free", "pinned: why", or "whole".
+
+    An axis is whole where the operand is no parameter or the axis has size 1.
+    """
 
     axes: tuple[tuple[str, ...], ...]
 
@@ -46,7 +49,8 @@ def check_rule(fn: Callable, *operands: Any, seed: int = 0) -> RuleReport:
         Which axes are free and which pinned. Look at it: a rule that pins all is never wrong.
 
     Raises:
-        ValueError: a result differs; the message names the result and the dropped indices.
+        ValueError: a result differs, or the primitive does not run on what is left; the message
+            names the primitives, the result and the dropped indices.
 
     >>> import jax
     >>> print(check_rule(lambda x: x.sum(1), jax.ShapeDtypeStruct((4, 3), "float32")))
@@ -87,19 +91,36 @@ def _compare(
         value if place in labelling.unmasked else _masked(shrunk, value, axes)
         for place, (value, axes) in enumerate(zip(values, inputs, strict=True))
     ]
-    results = shrunk.run(traced.graph, small)
-    wanted = jax.tree.leaves(fn(*masked))
-    for place, (result, full) in enumerate(zip(results, wanted, strict=True)):
+    names = ", ".join(sorted({node.name for node in traced.graph.nodes}))
+    where = f"the rule of one of {names} is wrong: without {_gone(shrunk, inputs)}, "
+    try:
+        results = shrunk.run(traced.graph, small)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}it does not run: {error}") from error
+    for place, (result, full) in enumerate(zip(results, jax.tree.leaves(fn(*masked)), strict=True)):
         axes = labelling.outputs[traced.graph][place]
-        where = f"result {place} with {[v.shape for v in small]} left of the operands"
         if not np.allclose(result, _cut(shrunk, full, axes), rtol=1e-4, atol=1e-5, equal_nan=True):
-            raise ValueError(f"{where} differs from the result with zeros in their place")
+            raise ValueError(f"{where}result {place} is not the one with zeros in their place")
         for k, axis in enumerate(axes):
             kept = shrunk.kept(axis)
             if isinstance(axis, Labels) and kept is not None:
-                gone = np.setdiff1d(np.flatnonzero(axis.zero), kept)
-                if np.any(jnp.take(full, gone, k)):
-                    raise ValueError(f"{where} is not zero where masked, on axis {k}")
+                zero = np.setdiff1d(np.flatnonzero(axis.zero), kept)
+                if np.any(jnp.take(full, zero, k)):
+                    raise ValueError(
+                        f"{where}result {place} is not zero where masked, on axis {k}; if that is "
+                        "right, the rule must say so: t.same(axis, zero=False)"
+                    )
+
+
+def _gone(shrunk: Shrunk, inputs: list[Axes]) -> str:
+    parts = []
+    for place, axes in enumerate(inputs):
+        for k, (axis, size) in enumerate(zip(axes, axes.shape, strict=True)):
+            kept = shrunk.kept(axis)
+            if kept is not None:
+                indices = np.setdiff1d(np.arange(size), kept).tolist()
+                parts.append(f"{indices} of operand {place} axis {k}")
+    return " and ".join(parts) or "nothing"
 
 
 def _cut(shrunk: Shrunk, value: Any, axes: Axes) -> Any:

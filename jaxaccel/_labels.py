@@ -36,8 +36,12 @@ class Labelling(Ties):
         return self.outputs[body]
 
     def _apply(self, node: Node, used: list[Axes]) -> list[Axes]:
-        found = rule_of(node.name).tie(self, node, *used)
         shapes = [out.shape for out in node.outputs]
+        try:
+            found = [list(axes) for axes in rule_of(node.name).tie(self, node, *used)]
+        except Exception as error:
+            error.add_note(f"in the rule of {node.name!r} for {[x.shape for x in used]}")
+            raise
         if [len(axes) for axes in found] != [len(shape) for shape in shapes]:
             raise ValueError(
                 f"the rule of {node.name!r} gives {[len(axes) for axes in found]} axes for results "

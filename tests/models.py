@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 
 import jaxaccel as jx
@@ -19,6 +20,23 @@ class Case(NamedTuple):
         return jax.random.normal(jax.random.key(seed), self.shape)
 
 
+def filled(shapes: Any, seed: int = 0) -> Any:
+    """Arrays of these shapes: normal kernels, vectors in [0.1, 0.9), integers 0, random keys."""
+    random = np.random.default_rng(seed)
+
+    def fill(leaf: Any) -> jax.Array:
+        fan_in = leaf.size // max(leaf.shape[-1:] or (1,))
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(seed)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        if fan_in == 1:
+            return jnp.asarray(random.uniform(0.1, 0.9, leaf.shape), leaf.dtype)
+        return jnp.asarray(random.normal(size=leaf.shape) * fan_in**-0.5, leaf.dtype)
+
+    return jax.tree.map(fill, shapes)
+
+
 class LinenNet(linen.Module):
     @linen.compact
     def __call__(self, x, train: bool = False):
@@ -31,7 +49,8 @@ class LinenNet(linen.Module):
 
 def linen_net() -> tuple[Callable, Any]:
     module = LinenNet()
-    return jx.functional(module, module.init(jax.random.key(0), jnp.ones((1, 8, 8, 1))))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((1, 8, 8, 1)))
+    return jx.functional(module, filled(shapes))
 
 
 def hand_written() -> tuple[Callable, Any]:
@@ -49,20 +68,27 @@ def hand_written() -> tuple[Callable, Any]:
     return fn, params
 
 
-def _nnx(build: Callable[..., nnx.Module], *args: Any, **kwargs: Any) -> Callable:
-    return lambda: jx.functional(build(*args, **kwargs, rngs=nnx.Rngs(0)))
+def from_nnx(module: Callable[..., nnx.Module], *args: Any, **options: Any) -> Callable:
+    """Builds it without running its initialisers, which would take most of a test's time."""
+
+    def build() -> tuple[Callable, Any]:
+        shapes = nnx.eval_shape(lambda: module(*args, **options, rngs=nnx.Rngs(0)))
+        graph, state = nnx.split(shapes)
+        return jx.functional(nnx.merge(graph, filled(state)))
+
+    return build
 
 
 ZOO = [
     Case("hand_written", hand_written, (4, 8, 8, 1)),
     Case("linen", linen_net, (4, 8, 8, 1)),
-    Case("mlp", _nnx(jx.nn.MLP, 64, width=16, depth=2, num_classes=10), (4, 8, 8, 1)),
-    Case("convnet", _nnx(jx.nn.ConvNet), (4, 28, 28, 1)),
+    Case("mlp", from_nnx(jx.nn.MLP, 64, width=16, depth=2, num_classes=10), (4, 8, 8, 1)),
+    Case("convnet", from_nnx(jx.nn.ConvNet), (4, 28, 28, 1)),
     Case(
         "separable",
-        _nnx(jx.nn.ConvNet, input_shape=(28, 28, 1), widths=(8, 16), separable=True),
+        from_nnx(jx.nn.ConvNet, input_shape=(28, 28, 1), widths=(8, 16), separable=True),
         (4, 28, 28, 1),
     ),
-    Case("resnet20", _nnx(jx.nn.ResNet, 20), (2, 16, 16, 3)),
-    Case("mobilenet", _nnx(jx.nn.MobileNet, 10, width=0.25), (2, 32, 32, 3)),
+    Case("resnet20", from_nnx(jx.nn.ResNet, 20), (2, 16, 16, 3)),
+    Case("mobilenet", from_nnx(jx.nn.MobileNet, 10, width=0.25), (2, 32, 32, 3)),
 ]

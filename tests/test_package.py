@@ -11,7 +11,7 @@ import jaxaccel
 
 ROOT = Path(jaxaccel.__file__).parent
 TOOLS = {"nn", "augment", "data", "train", "measure", "_forms"}
-TRANSFORMS = {"prune", "quantize", "distill"}
+TRANSFORMS = {"fold", "prune", "quantize", "distill"}
 
 
 def imports(path: Path) -> set[str]:
@@ -66,5 +66,5 @@ def test_a_bare_import_is_light():
 def test_every_name_loads():
     for name in dir(jaxaccel):
         assert getattr(jaxaccel, name) is not None
-    with pytest.raises(AttributeError, match="module 'jaxaccel' has no attribute 'fold'"):
-        _ = jaxaccel.fold  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(AttributeError, match="module 'jaxaccel' has no attribute 'export'"):
+        _ = jaxaccel.export  # pyright: ignore[reportAttributeAccessIssue]

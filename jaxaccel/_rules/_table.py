@@ -67,20 +67,27 @@ def register_rule(
     parallelism see through it. Test a new rule with `jaxaccel.check_rule`.
 
     Args:
-        primitive: the primitive, or its name as it stands in a printed jaxpr.
+        primitive: the primitive, or its name, as `jaxaccel.groups` prints it. A name is not
+            checked.
         tie: ``tie(t, node, *operands)``, called with the node (``node.name``, ``node.params``,
             ``node.outputs[0].shape``) and, for each operand, its axes (``x[k]``, ``len(x)``,
-            ``x.shape``, ``x.constant``). It returns a list with one entry per result: the list
-            of that result's axes. It may
+            ``x.shape``, ``x.constant``). Operands that no parameter has a part in, such as
+            integer indices, come like any other. It returns a list with one entry per result:
+            the list of that result's axes. It may
 
-            - pass an axis of an operand on: ``x[0]``;
+            - pass an axis of an operand on, pinned or not: ``x[0]``. The result is then taken to
+              be zero wherever the operand is; where it is not (indices, exp):
+              ``t.same(x[0], zero=False)``;
             - ``t.same(a, b)``: tie two axes index by index; the tied axis. The result is taken
-              to be zero where both are zero; give ``zero=`` if that is not so;
+              to be zero where both are zero; else ``zero=``, a bool or a bool array with one
+              element per index;
+            - ``t.product(a, b)``: the same, zero where either is;
             - ``t.contract(a, b)``: two axes are multiplied and summed over;
             - ``t.total(a)``: an axis is summed over;
-            - ``t.pin(a, "why")``: nothing of this axis may go;
-            - ``t.free()`` for a result's axis that no operand has, ``t.whole`` for one that must
-              stay whole (after the axes it is made from were pinned).
+            - ``t.pin(a, "why")``: nothing of this axis may go; it does nothing to an axis of no
+              parameter;
+            - ``t.free()`` for a result's axis that no operand has, ``t.whole`` for a new one
+              that must stay whole (pin the axes it is made from).
         resize: ``resize(node, operands, cut)`` runs the node on smaller operands and returns the
             list of results. ``cut.shapes`` are the results' new shapes; ``cut.operands[i][k]``
             are the indices that axis k of operand i has left, None for all; ``cut.results`` the

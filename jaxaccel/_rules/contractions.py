@@ -11,21 +11,33 @@ from jaxaccel._graph import Node
 from jaxaccel._rules._table import Cut, Results, add, changed
 
 
-def _either(a: Axis, b: Axis) -> Any:
-    """A product is zero where either factor is."""
-    zeros = [axis.zero for axis in (a, b) if isinstance(axis, Labels | Free)]
-    return np.logical_or.reduce(np.broadcast_arrays(*zeros)) if zeros else None
-
-
 def _dot_general(t: Ties, node: Node, lhs: Axes, rhs: Axes) -> Results:
     (contract_l, contract_r), (batch_l, batch_r) = node.params["dimension_numbers"]
     for i, j in zip(contract_l, contract_r, strict=True):
         t.contract(lhs[i], rhs[j])
     pairs = zip(batch_l, batch_r, strict=True)
-    batch = [t.same(lhs[i], rhs[j], zero=_either(lhs[i], rhs[j])) for i, j in pairs]
+    batch = [t.product(lhs[i], rhs[j]) for i, j in pairs]
     left = [lhs[k] for k in range(len(lhs)) if k not in (*contract_l, *batch_l)]
     right = [rhs[k] for k in range(len(rhs)) if k not in (*contract_r, *batch_r)]
     return [[*batch, *left, *right]]
+
+
+def _ragged_dot(t: Ties, node: Node, lhs: Axes, rhs: Axes, sizes: Axes) -> Results:
+    """The rows of the left operand come in groups, each with a right operand of its own."""
+    how = node.params["ragged_dot_dimension_numbers"]
+    (contract_l, contract_r), (batch_l, batch_r) = how.dot_dimension_numbers
+    counted = [*(lhs[k] for k in how.lhs_ragged_dimensions), *sizes]
+    counted += [rhs[k] for k in how.rhs_group_dimensions]
+    counted += [lhs[k] for k in batch_l] if len(sizes) > 1 else []
+    for axis in counted:
+        t.pin(axis, "the group sizes of a ragged product count it")
+    for i, j in zip(contract_l, contract_r, strict=True):
+        t.contract(lhs[i], rhs[j])
+    batch = [t.product(lhs[i], rhs[j]) for i, j in zip(batch_l, batch_r, strict=True)]
+    grouped = [t.whole] if set(how.lhs_ragged_dimensions) <= set(contract_l) else []
+    left = [lhs[k] for k in range(len(lhs)) if k not in (*contract_l, *batch_l)]
+    gone = (*contract_r, *batch_r, *how.rhs_group_dimensions)
+    return [[*grouped, *batch, *left, *(rhs[k] for k in range(len(rhs)) if k not in gone)]]
 
 
 def _conv(t: Ties, node: Node, x: Axes, kernel: Axes) -> Results:
@@ -55,7 +67,7 @@ def _depthwise(t: Ties, features: Axis, out: Axis, multiplier: int) -> Axis:
         features = features.map(lambda part: np.repeat(part, multiplier))
     elif multiplier > 1 and isinstance(features, Free):
         features = OPAQUE
-    return t.same(features, out, zero=_either(features, out))
+    return t.product(features, out)
 
 
 def _grouped(t: Ties, groups: int, features: Axis, into: Axis, out: Axis) -> Axis:
@@ -94,4 +106,5 @@ def _group_counts(node: Node, operands: Sequence[Array], cut: Cut) -> dict[str, 
 
 
 add("dot_general", _dot_general)
+add("ragged_dot_general", _ragged_dot)
 add("conv_general_dilated", _conv, changed(_group_counts))

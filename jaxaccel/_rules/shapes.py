@@ -55,26 +55,23 @@ def _blocks(before: Sequence[Any], after: Sequence[Any]) -> list[tuple[list[int]
     left = [k for k, n in enumerate(before) if n != 1]
     right = [k for k, n in enumerate(after) if n != 1]
     blocks = []
-    while left or right:
-        ins, outs = [], []
-        size_in: Any = 1
-        size_out: Any = 1
-        while not ins or not outs or size_in != size_out:
-            if left and (not right or not ins or _at_most(size_in, size_out)):
-                size_in = size_in * before[left[0]]
+    while left and right:
+        ins, outs = [left.pop(0)], [right.pop(0)]
+        size_in, size_out = before[ins[0]], after[outs[0]]
+        while size_in != size_out and (left or right):
+            if left and (not right or _takes_left(size_in, size_out)):
                 ins.append(left.pop(0))
-            elif right:
-                size_out = size_out * after[right[0]]
-                outs.append(right.pop(0))
+                size_in = size_in * before[ins[-1]]
             else:
-                break
+                outs.append(right.pop(0))
+                size_out = size_out * after[outs[-1]]
         blocks.append((ins, outs))
-    return blocks
+    return [*blocks, *(([k], []) for k in left), *(([], [k]) for k in right)]
 
 
-def _at_most(a: Any, b: Any) -> bool:
+def _takes_left(size_in: Any, size_out: Any) -> bool:
     """Symbolic sizes may not compare; then the order of taking them is all the same."""
-    return not (isinstance(a, int) and isinstance(b, int)) or a <= b
+    return not (isinstance(size_in, int) and isinstance(size_out, int)) or size_in < size_out
 
 
 def _concatenate(t: Ties, node: Node, *operands: Axes) -> Results:
@@ -257,9 +254,10 @@ def _sort(t: Ties, node: Node, *operands: Axes) -> Results:
 
 
 def _top_k(t: Ties, node: Node, x: Axes) -> Results:
-    along = node.params.get("axis", -1) % len(x)
-    axes = [pinned(t, a, "'top_k' along it") if k == along else a for k, a in enumerate(x)]
-    return [axes, axes]
+    """The second result has the indices: of equal numbers, the first ones, not zero."""
+    along = node.params.get("reduction_dimension", node.params.get("axis", -1)) % len(x)
+    axes = [pinned(t, a, f"'{node.name}' along it") if k == along else a for k, a in enumerate(x)]
+    return [axes, [t.same(axis, zero=False) for axis in axes]]
 
 
 def _window(t: Ties, node: Node, *operands: Axes) -> Results:
@@ -302,11 +300,9 @@ def _gather(t: Ties, node: Node, x: Axes, indices: Axes) -> Results:
     rest = iter(rows)
     fill = node.params.get("fill_value")
     axes = [axis if axis is not None else next(rest) for axis in out]
-    return [axes if fill in (None, 0) or fill != fill else [_lose_zero(a) for a in axes]]
-
-
-def _lose_zero(axis: Axis) -> Axis:
-    return Labels(axis.ids, np.zeros_like(axis.zero)) if isinstance(axis, Labels) else axis
+    return [
+        axes if fill in (None, 0) or fill != fill else [t.same(axis, zero=False) for axis in axes]
+    ]
 
 
 def _gather_sizes(node: Node, operands: Sequence[Array], cut: Cut) -> dict[str, Any]:
@@ -369,7 +365,7 @@ add(
 )
 add("cumsum cumprod cummax cummin cumlogsumexp", _cumulative)
 add("sort", _sort)
-add("top_k", _top_k)
+add("top_k approx_top_k", _top_k)
 add(
     "reduce_window_sum reduce_window_max reduce_window_min select_and_scatter_add "
     "select_and_gather_add",

@@ -10,8 +10,8 @@ from flax import linen
 from jax import Array
 
 import jaxaccel as jx
-from tests.models import Case
-from tests.networks.vision import Built, lively
+from tests.models import Case, filled
+from tests.networks.vision import Built
 
 
 class PlainNet(linen.Module):
@@ -37,9 +37,8 @@ class ResidualNet(linen.Module):
 
 
 def linen_net(module: linen.Module) -> Built:
-    variables = module.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
-    fn, params = jx.functional(module, variables)
-    return fn, lively(params)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((1, 8, 8, 3)))
+    return jx.functional(module, filled(shapes))
 
 
 def haiku_net(averages_only: bool) -> Built:
@@ -56,11 +55,11 @@ def haiku_net(averages_only: bool) -> Built:
         return hk.Linear(4)(jax.nn.relu(x).mean((1, 2)))
 
     net = hk.transform_with_state(forward)
-    images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
-    weights, state = net.init(jax.random.key(0), images, True)
+    init = partial(net.init, is_training=True)
+    weights, state = jax.eval_shape(init, jax.random.key(0), jnp.ones((2, 8, 8, 3)))
     if averages_only:
         state = {name: {"average": values["average"]} for name, values in state.items()}
-    params = lively({"params": weights, "state": state})
+    params = filled({"params": weights, "state": state})
 
     def fn(params: Any, x: Array) -> Array:
         return net.apply(params["params"], params["state"], None, x, False)[0]
@@ -95,7 +94,7 @@ def equinox_net() -> Built:
         def unit(self, i: int, x: Array, state: Any) -> tuple[Array, Any]:
             return self.norms[i](self.convs[i](x), state)
 
-    model, state = eqx.nn.make_with_state(Net)(jax.random.key(0))
+    model, state = eqx.filter_jit(eqx.nn.make_with_state(Net))(jax.random.key(0))
     arrays, static = eqx.partition(eqx.nn.inference_mode(model), eqx.is_array)
     statistics, flags = eqx.partition(state, eqx.is_inexact_array)
 
@@ -104,7 +103,7 @@ def equinox_net() -> Built:
         state = eqx.combine(params["state"], flags)
         return jax.vmap(net, in_axes=(0, None), out_axes=(0, None), axis_name="batch")(x, state)[0]
 
-    return fn, lively({"model": arrays, "state": statistics})
+    return fn, filled({"model": arrays, "state": statistics})
 
 
 def keras_net() -> Built:
@@ -143,7 +142,7 @@ def keras_net() -> Built:
         non_trainable = [fixed[v.path] for v in model.non_trainable_variables]
         return model.stateless_call(trainable, non_trainable, x, training=False)[0]
 
-    return fn, lively(params)
+    return fn, filled(params)
 
 
 CASES = [

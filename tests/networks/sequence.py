@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from tests.models import Case
-from tests.networks.vision import Built, conv, from_nnx, normals
+from tests.models import Case, from_nnx
+from tests.networks.vision import Built, conv, normals
 
 
 class Block(nnx.Module):

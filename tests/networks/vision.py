@@ -8,38 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-import jaxaccel as jx
-from tests.models import Case
+from tests.models import Case, filled, from_nnx
 
 Built = tuple[Callable, Any]
 
 
-def lively(params: Any) -> Any:
-    """`params` with noise on every constant leaf: biases, scales, statistics."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    return jax.tree.unflatten(tree, [_noisy(*pair) for pair in zip(keys, leaves, strict=True)])
-
-
-def _noisy(key: Array, leaf: Array) -> Array:
-    constant = jnp.issubdtype(leaf.dtype, jnp.floating) and bool((leaf == leaf.ravel()[0]).all())
-    return leaf + jax.random.uniform(key, leaf.shape, minval=0.1, maxval=0.6) if constant else leaf
-
-
-def from_nnx(module: Callable[..., nnx.Module], *args: Any) -> Callable[[], Built]:
-    def build() -> Built:
-        fn, params = jx.functional(module(*args, rngs=nnx.Rngs(0)))
-        return fn, lively(params)
-
-    return build
-
-
 def normals(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Array]:
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return {
-        name: jax.random.normal(key, shape) / 3
-        for (name, shape), key in zip(shapes.items(), keys, strict=True)
-    }
+    return filled({name: jax.ShapeDtypeStruct(s, "float32") for name, s in shapes.items()}, seed)
 
 
 def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, **options: Any) -> nnx.Conv:

@@ -1,0 +1,243 @@
+"""Graphs: a function replayed from its graph is the function, bit for bit."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxaccel import _dataflow, _graph
+from tests.models import ZOO, Case
+from tests.networks import frameworks, sequence, vision
+from tests.networks.drawn import networks
+
+CASES = [*ZOO, *vision.CASES, *sequence.CASES, *frameworks.CASES]
+
+
+def replayed(fn):
+    """The function that traces `fn` for its arguments and runs the graph."""
+
+    def call(*args: Any) -> Any:
+        traced = _graph.trace(fn, *args)
+        return jax.tree.unflatten(traced.out_tree, _graph.run(traced.graph, jax.tree.leaves(args)))
+
+    return call
+
+
+def same(a: Any, b: Any) -> None:
+    for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert u.dtype == v.dtype
+        np.testing.assert_array_equal(u, v)
+
+
+def same_program(a: Any, b: Any, *args: Any) -> None:
+    """Two functions trace to one program; where printing may differ, to the same bits."""
+    if str(jax.make_jaxpr(a)(*args)) != str(jax.make_jaxpr(b)(*args)):
+        same(jax.jit(a)(*args), jax.jit(b)(*args))
+
+
+def value_and_gradient(fn, params: Any, x: jax.Array) -> tuple[Any, Any]:
+    """Of a scalar of the result, with respect to the floating parameters; and these."""
+    leaves, tree = jax.tree.flatten(params)
+    floats = {i: v for i, v in enumerate(leaves) if jnp.issubdtype(v.dtype, jnp.inexact)}
+
+    def loss(wanted: dict[int, Any]) -> Any:
+        whole = jax.tree.unflatten(tree, [wanted.get(i, v) for i, v in enumerate(leaves)])
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(fn(whole, x)))
+
+    return jax.value_and_grad(loss), floats
+
+
+def check_replay(fn, params: Any, x: jax.Array) -> None:
+    again = replayed(fn)
+    same_program(fn, again, params, x)
+    original, floats = value_and_gradient(fn, params, x)
+    same_program(original, value_and_gradient(again, params, x)[0], floats)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_replay_is_the_function_and_its_gradient(case: Case):
+    fn, params = case.build()
+    x = case.images()
+    check_replay(fn, params, x)
+    larger = jnp.concatenate([x, x[:1]])
+    same_program(fn, replayed(fn), params, larger)
+
+
+def check_network(network: Any) -> None:
+    fn, params, shape = network
+    x = jax.random.normal(jax.random.key(0), shape)
+    check_replay(fn, params, x)
+    again = replayed(fn)
+    same_program(
+        lambda p, x: jax.jvp(fn, (p, x), (p, x)),
+        lambda p, x: jax.jvp(again, (p, x), (p, x)),
+        *(params, x),
+    )
+    same_program(jax.vmap(fn, (None, 0)), jax.vmap(again, (None, 0)), params, x[None])
+
+
+@given(network=networks())
+def test_replay_of_random_networks(network):
+    check_network(network)
+
+
+@pytest.mark.full
+@settings(max_examples=300)
+@given(network=networks(max_steps=12))
+def test_replay_of_300_random_networks(network):
+    check_network(network)
+
+
+def rich(params, x):
+    """Every kind of call that a graph has a body for."""
+    h = jax.nn.relu(x @ params["w"])  # custom_jvp in a jit
+    h = jax.checkpoint(jnp.sin)(h)
+    h = _straight_through(h)
+    h, rows = lax.scan(lambda c, r: (jnp.tanh(c @ params["u"] + r), c), h[0], h)
+    h = lax.while_loop(lambda c: c.sum() < 10, lambda c: c + jnp.abs(params["u"][0]) + 1, h)
+    h = lax.cond(h.sum() > 0, lambda a: a * 2, lambda a: -a, h)
+    return {"out": h * rows, "number": jnp.float32(3) + rows.sum()}
+
+
+@jax.custom_vjp
+def _straight_through(x):
+    return jnp.round(x * 4) / 4
+
+
+_straight_through.defvjp(lambda x: (_straight_through(x), None), lambda _, g: (g,))
+
+RICH = {
+    "w": jax.random.normal(jax.random.key(0), (3, 4)),
+    "u": jax.random.normal(jax.random.key(1), (4, 4)),
+}
+
+
+def forward(params, x):
+    """`rich` without the loop and the custom vjp that forward or reverse mode refuse."""
+    h = jax.nn.relu(x @ params["w"])
+    return lax.scan(lambda c, r: (jnp.tanh(c @ params["u"] + r), c), h[0], jnp.sin(h))[1]
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_every_kind_of_body(batch):
+    x = jax.random.normal(jax.random.key(2), (batch, 3))
+    same(jax.jit(rich)(RICH, x), jax.jit(replayed(rich))(RICH, x))
+    same(rich(RICH, x), replayed(rich)(RICH, x))
+
+
+def test_rerun_with_the_same_bodies_is_the_call():
+    x = jax.random.normal(jax.random.key(2), (5, 3))
+    traced = _graph.trace(rich, RICH, x)
+    seen = set()
+
+    def rule(node, operands):
+        if not node.bodies or node.name.startswith("custom"):
+            return None
+        seen.add(node.name)
+        bodies = [lambda *a, body=body: _graph.run(body, a, rule) for body in node.bodies]
+        return _graph.rerun(node, operands, bodies)
+
+    run = jax.jit(lambda p, x: _graph.run(traced.graph, jax.tree.leaves((p, x)), rule))
+    same(jax.tree.leaves(jax.jit(rich)(RICH, x)), run(RICH, x))
+    assert {"jit", "remat2", "scan", "while", "cond"} <= seen
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: jax.vmap(f, (None, 0)),
+        lambda f: jax.jacrev(lambda p, x: f(p, x[0])),
+        lambda f: jax.jacfwd(lambda p, x: f(p, x[0])),
+        lambda f: jax.hessian(lambda p, x: f(p, x[0]).sum()),
+        lambda f: lambda p, x: jax.linearize(lambda p: f(p, x[0]), p)[1](p),
+    ],
+    ids=["vmap", "jacrev", "jacfwd", "hessian", "linearize"],
+)
+def test_transformations(transform):
+    x = jax.random.normal(jax.random.key(2), (3, 2, 3))
+    same(jax.jit(transform(forward))(RICH, x), jax.jit(transform(replayed(forward)))(RICH, x))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_mesh(kind):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    x = jax.random.normal(jax.random.key(2), (8, 3))
+    dense = lambda p, x: jax.nn.relu(x @ p["w"]) @ p["u"]
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        out = jax.jit(replayed(dense))(RICH, split)
+        same(jax.jit(dense)(RICH, split), out)
+        assert out.sharding.spec == jax.jit(dense)(RICH, split).sharding.spec
+        mapped = partial(
+            jax.shard_map,
+            in_specs=(PartitionSpec(), PartitionSpec("data")),
+            out_specs=PartitionSpec("data"),
+        )
+        same(jax.jit(mapped(dense))(RICH, split), jax.jit(mapped(replayed(dense)))(RICH, split))
+
+
+def test_dead_code_goes_and_effects_stay():
+    def fn(p, x):
+        _ = jnp.exp(p)
+        jax.debug.print("{}", x)
+        return p * 2
+
+    names = [node.name for node in _graph.trace(fn, jnp.ones(2), jnp.ones(2)).graph.nodes]
+    assert names == ["debug_print", "mul"] or names == ["debug_callback", "mul"]
+
+
+def test_what_depends_on_parameters_alone_becomes_a_constant():
+    def fn(p, x):
+        return x * lax.rsqrt(p["var"] + 1e-5) + jax.nn.relu(p["bias"])
+
+    params, x = {"bias": -jnp.ones(3), "var": jnp.arange(3.0)}, jnp.ones((2, 3))
+    graph = _dataflow.flatten(_graph.trace(fn, params, x).graph)
+    folded = _dataflow.fold_constants(
+        graph, dict(zip(graph.inputs, jax.tree.leaves(params), strict=False))
+    )
+    assert {node.name for node in folded.nodes} <= {"mul", "add", "broadcast_in_dim"}
+    assert len(folded.inputs) == 1
+    np.testing.assert_allclose(_graph.run(folded, [x])[0], fn(params, x), rtol=1e-6)
+
+
+def test_flatten_inlines_calls():
+    graph = _dataflow.flatten(_graph.trace(rich, RICH, jnp.ones((2, 3))).graph)
+    names = {node.name for node in graph.nodes}
+    assert not names & {"jit", "remat2"}
+    same(
+        _graph.run(graph, [*jax.tree.leaves(RICH), jnp.ones((2, 3))])[0],
+        jnp.float32(0) + rich(RICH, jnp.ones((2, 3)))["number"],
+    )
+
+
+def test_source_lines_point_at_the_model():
+    traced = _graph.trace(replayed(lambda p, x: p @ x), jnp.ones((2, 2)), jnp.ones((2, 2)))
+    assert traced.graph.nodes[-1].source.startswith("tests/test_graph.py:")
+
+
+def test_bad_arguments_are_named():
+    x = jnp.ones((2, 3))
+    with pytest.raises(TypeError, match=r"conv1/kernel: expected an array, got str; fn takes"):
+        _graph.trace(lambda p, x: x, {"conv1": {"kernel": "he"}}, x)
+    with pytest.raises(TypeError, match=r"args\[1\]: expected an array, got object"):
+        _graph.trace(lambda p, x: x, {}, object())
+    with pytest.raises(TypeError, match=r"params: expected an array, got str"):
+        _graph.trace(lambda p, x: x, "params", x)
+    with pytest.raises(TypeError, match=r"fn returns a str at name; it may only return pytrees"):
+        _graph.trace(lambda p, x: {"name": "a", "out": x}, {}, x)
+    with pytest.raises(TypeError, match=r"fn returns a function; it may only return"):
+        _graph.trace(lambda p, x: lambda: x, {}, x)
+
+
+def test_a_closed_over_tracer_is_named():
+    def outer(scale):
+        return _graph.trace(lambda p, x: p * x * scale, jnp.ones(2), jnp.ones(2))
+
+    with pytest.raises(TypeError, match=r"fn closes over a traced value of type float32\[\]: .* "):
+        jax.jit(outer)(2.0)
