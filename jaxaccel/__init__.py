@@ -5,7 +5,8 @@ itself imports neither flax nor optax.
 
 >>> import jaxaccel as jx
 >>> sorted(name for name in dir(jx) if not name.startswith("_"))
-['Accelerator', 'augment', 'data', 'distill', 'functional', 'measure', 'nn', 'prune', 'quantize']
+['Accelerator', 'augment', 'check_rule', 'data', 'distill', 'fold', 'functional', 'groups',
+ 'measure', 'nn', 'prune', 'quantize', 'register_rule']
 """
 
 from importlib import import_module
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from jaxaccel import augment as augment
     from jaxaccel import data as data
     from jaxaccel import distill as distill
+    from jaxaccel import fold as fold
     from jaxaccel import measure as measure
     from jaxaccel import nn as nn
     from jaxaccel import prune as prune
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("augment", "data", "distill", "measure", "nn", "prune", "quantize")
+_MODULES = ("augment", "data", "distill", "fold", "measure", "nn", "prune", "quantize")
 _NAMES = {
     "Accelerator": "train",
     "check_rule": "_check_rule",

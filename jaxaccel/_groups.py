@@ -110,7 +110,7 @@ class Groups(Sequence[Group]):
             reasons[pin.reason].append(pin)
         parts = [table(("group", "channels", "slices"), rows)] if rows else ["no groups"]
         parts.append(
-            f"{self.num_prunable:,} of {self.num_parameters:,} parameters ({self.share:.1%}) "
+            f"{self.num_prunable:,} of {self.num_parameters:,} parameters ({self.share:.2%}) "
             "lie in a group"
         )
         if reasons:

@@ -96,7 +96,7 @@ def test_replay_of_300_random_networks(network):
 
 def rich(params, x):
     """Every kind of call that a graph has a body for."""
-    h = jax.nn.relu(x @ params["w"])  # custom_jvp in a jit
+    h = jax.jit(lambda h: jax.nn.relu(h) + 1)(x @ params["w"])  # a custom_jvp in a jit
     h = jax.checkpoint(jnp.sin)(h)
     h = _straight_through(h)
     h, rows = lax.scan(lambda c, r: (jnp.tanh(c @ params["u"] + r), c), h[0], h)
@@ -239,5 +239,5 @@ def test_a_closed_over_tracer_is_named():
     def outer(scale):
         return _graph.trace(lambda p, x: p * x * scale, jnp.ones(2), jnp.ones(2))
 
-    with pytest.raises(TypeError, match=r"fn closes over a traced value of type float32\[\]: .* "):
+    with pytest.raises(TypeError, match=r"fn closes over a traced value of type ~float32\[\]: it is being transformed"):
         jax.jit(outer)(2.0)

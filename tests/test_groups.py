@@ -81,7 +81,7 @@ def test_the_table():
     groups = jx.groups(lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], params, X)
     lines = str(groups).splitlines()
     assert lines[2] == "    0         4  v axis 0, w axis 1"
-    assert "20 of 20 parameters (100.0%) lie in a group" in lines
+    assert "20 of 20 parameters (100.00%) lie in a group" in lines
     assert any(line.startswith("v axis 1  reaches the output") for line in lines)
     assert "no groups" in str(jx.groups(lambda p, x: x @ p["w"], params, X))
     assert groups.share == 1.0
@@ -259,6 +259,19 @@ def test_a_prunable_axis_that_only_noise_meets():
     def fn(p, x):
         noise = jax.random.normal(jax.random.key(1), (5, 6))
         return (jnp.tanh(x @ p["w"]) * (1 + noise) * lax.iota("float32", 6)[None]) @ p["u"]
+
+    groups = shrinking.check(fn, shapes(w=(3, 6), u=(6, 2)), X)
+    assert [group.size for group in groups] == [6]
+
+
+def test_constants_of_several_pieces():
+    """Each piece is the same everywhere, the whole is not: it must be cut at the right places."""
+
+    def fn(p, x):
+        steps = jnp.concatenate([jnp.full(3, 2.0), jnp.full(3, 5.0)])
+        ramp = jnp.cumsum(jnp.ones(6))
+        spiked = jnp.zeros(6).at[4].set(3.0)
+        return (jnp.tanh(x @ p["w"]) * (steps + ramp + spiked)[None]) @ p["u"]
 
     groups = shrinking.check(fn, shapes(w=(3, 6), u=(6, 2)), X)
     assert [group.size for group in groups] == [6]

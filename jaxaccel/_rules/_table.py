@@ -7,7 +7,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jaxtyping import Array
 
-from jaxaccel._axes import OPAQUE, Axes, Axis, Free, Labels, Ties
+from jaxaccel._axes import OPAQUE, Axes, Axis, Free, Ties
 from jaxaccel._graph import Node
 
 
@@ -134,6 +134,6 @@ _UNKNOWN = Rule(_pin_all, as_traced)
 
 
 def pinned(t: Ties, axis: Axis, why: str) -> Axis:
-    """The axis, whole from here on."""
+    """The axis after something that treats its indices unlike each other; its labels stay."""
     t.pin(axis, why)
-    return OPAQUE if isinstance(axis, Labels) else axis
+    return Free() if isinstance(axis, Free) else OPAQUE

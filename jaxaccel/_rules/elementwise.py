@@ -55,6 +55,12 @@ def any_factor(
     return np.logical_or.reduce(zeros)
 
 
+def first_operand(
+    t: Ties, node: Node, operands: Sequence[Axes], zeros: list[np.ndarray], k: int
+) -> np.ndarray:
+    return zeros[0]
+
+
 def numerator(
     t: Ties, node: Node, operands: Sequence[Axes], zeros: list[np.ndarray], k: int
 ) -> np.ndarray:
@@ -168,7 +174,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 for _name in _FUNCTIONS:
     add(_name, elementwise(value_at_zero(_name)))
-add("mul and shift_left shift_right_logical shift_right_arithmetic", elementwise(any_factor))
+add("mul and", elementwise(any_factor))
+add("shift_left shift_right_logical shift_right_arithmetic", elementwise(first_operand))
 add("div rem", elementwise(numerator))
 add("select_n", elementwise(every_case))
 add("nextafter atan2 igamma igammac polygamma zeta complex mulhi", elementwise(never))

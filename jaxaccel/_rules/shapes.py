@@ -79,8 +79,11 @@ def _concatenate(t: Ties, node: Node, *operands: Axes) -> Results:
     axes = []
     for k in range(len(operands[0])):
         parts = [x[k] for x in operands]
-        if k != along or not any(isinstance(part, Labels) for part in parts):
+        if k != along:
             axes.append(t.same(*parts))
+            continue
+        if not any(isinstance(part, Labels) for part in parts):
+            axes.append(Free() if all(isinstance(part, Free) for part in parts) else OPAQUE)
             continue
         if not all(isinstance(x.shape[k], int) for x in operands):
             for part in parts:
@@ -231,7 +234,8 @@ def _without(x: Axes, gone: Sequence[int]) -> list[Axis]:
 
 
 def _cumulative(t: Ties, node: Node, x: Axes) -> Results:
-    axes = list(x)
+    keeps_zero = node.name != "cumlogsumexp"
+    axes = list(x) if keeps_zero else [t.same(axis, zero=False) for axis in x]
     axes[node.params["axis"]] = pinned(t, x[node.params["axis"]], f"'{node.name}' along it")
     return [axes]
 
@@ -332,7 +336,7 @@ def _scatter(t: Ties, node: Node, x: Axes, indices: Axes, updates: Axes) -> Resu
             else:
                 t.pin(updates[own], f"'{node.name}' writes a part of an axis")
                 axis = pinned(t, axis, f"'{node.name}' writes a part of it")
-        axes.append(axis)
+        axes.append(Free() if isinstance(axis, Free) else axis)
     return [axes]
 
 
