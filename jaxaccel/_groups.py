@@ -113,9 +113,7 @@ class Groups(Sequence[Group]):
             f"{self.num_prunable:,} of {self.num_parameters:,} parameters ({self.share:.2%}) "
             "lie in a group"
         )
-        if reasons:
-            why = [(_listed(pins), reason) for reason, pins in reasons.items()]
-            parts.append(table(("pinned", "because"), why))
+        parts += [f"pinned: {reason}\n  {_listed(pins)}" for reason, pins in reasons.items()]
         return "\n\n".join(parts)
 
 

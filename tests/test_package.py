@@ -1,6 +1,7 @@
 """What the package promises of itself: laziness, direction of imports, sizes of files."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,11 @@ import jaxaccel
 ROOT = Path(jaxaccel.__file__).parent
 TOOLS = {"nn", "augment", "data", "train", "measure", "_forms"}
 TRANSFORMS = {"fold", "prune", "quantize", "distill"}
+# Each may import those before it.
+LAYERS = [
+    *("_graph", "_dataflow", "_axes", "_rules", "_labels", "_shrink", "_table"),
+    *("_groups", "_check_rule", "fold"),
+]
 
 
 def imports(path: Path) -> set[str]:
@@ -36,6 +42,21 @@ def test_arrows():
     for path in files(TRANSFORMS):
         assert not imports(path) & TOOLS, path
     assert len(files(TOOLS)) >= len(TOOLS)
+
+
+def test_layers_of_the_analysis():
+    for place, name in enumerate(LAYERS):
+        for path in files({name}):
+            assert imports(path) <= {*LAYERS[: place + 1]}, path
+
+
+def test_only_one_file_touches_jaxprs():
+    touching = [
+        p
+        for p in ROOT.rglob("*.py")
+        if "jaxpr" in re.sub(r'""".*?"""', "", p.read_text(), flags=re.S)
+    ]
+    assert {p.name for p in touching} == {"_graph.py"}
 
 
 def test_only_public_jax():
