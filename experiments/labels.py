@@ -66,16 +66,21 @@ def count(graph: _graph.Graph) -> int:
     return sum(1 + sum(map(count, node.bodies)) for node in graph.nodes)
 
 
-def measured(name: str, fn: Callable, params: Any, shape: tuple[int, ...]) -> dict[str, Any]:
-    x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    seconds: dict[str, list[float]] = {"trace": [], "labels": []}
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """The last result, and the median of the seconds."""
+    seconds = []
+    result = None
     for _ in range(RUNS):
         start = time.perf_counter()
-        traced = _graph.trace(fn, params, x)
-        middle = time.perf_counter()
-        labelling, _ = label(traced, range(traced.num_params))
-        seconds["trace"].append(middle - start)
-        seconds["labels"].append(time.perf_counter() - middle)
+        result = work()
+        seconds.append(time.perf_counter() - start)
+    return result, statistics.median(seconds)
+
+
+def measured(name: str, fn: Callable, params: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    traced, trace_seconds = timed(lambda: _graph.trace(fn, params, x))
+    (labelling, _), label_seconds = timed(lambda: label(traced, range(traced.num_params)))
     groups = jx.groups(fn, params, x)
     return {
         "network": name,
@@ -83,8 +88,8 @@ def measured(name: str, fn: Callable, params: Any, shape: tuple[int, ...]) -> di
         "parameters": groups.num_parameters,
         "labels": len(labelling.parent),
         "groups": len(groups),
-        "trace": statistics.median(seconds["trace"]),
-        "label": statistics.median(seconds["labels"]),
+        "trace": trace_seconds,
+        "label": label_seconds,
     }
 
 

@@ -244,7 +244,7 @@ def test_a_transposed_convolution_takes_what_follows_and_no_shift_before():
     params = norm_params()
 
     def fn(params, x):
-        x = lax.conv_transpose(x + 1, params["conv"]["kernel"], (2, 2), "VALID")
+        x = convolve(x + 1, params["conv"]["kernel"], lhs_dilation=(2, 2))
         return normalised(params["norm"], x)
 
     folded, new = jx.fold.batchnorm(fn, params, X)
@@ -266,6 +266,13 @@ def test_a_constant_that_depends_on_the_shape_is_noticed():
     folded, new = jx.fold.batchnorm(fn, scaled(), jnp.ones((2, 3)))
     with pytest.raises(ValueError, match="for these arguments fn has other chains, or other const"):
         folded(new, jnp.ones((4, 3)))
+
+
+def test_a_chain_ends_where_the_channels_are_split():
+    fn = lambda p, x: 2 * ((x @ p["w"]) * p["c"]).reshape(2, 2, 2) + 1
+    folded, new = jx.fold.batchnorm(fn, scaled(), jnp.ones((2, 3)))
+    assert primitives(folded, new, jnp.ones((2, 3))) == ["dot_general", "reshape", "mul", "add"]
+    close(folded(new, jnp.ones((2, 3))), fn(scaled(), jnp.ones((2, 3))), 1e-6)
 
 
 def test_bfloat16_stays_bfloat16():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxaccel import _dataflow, _graph
@@ -99,7 +100,7 @@ def rich(params, x):
     h = jax.jit(lambda h: jax.nn.relu(h) + 1)(x @ params["w"])  # a custom_jvp in a jit
     h = jax.checkpoint(jnp.sin)(h)
     h = _straight_through(h)
-    h, rows = lax.scan(lambda c, r: (jnp.tanh(c @ params["u"] + r), c), h[0], h)
+    h, rows = lax.scan(lambda c, r: (jnp.tanh(c @ params["u"] + r), c), h[0], h, reverse=True)
     h = lax.while_loop(lambda c: c.sum() < 10, lambda c: c + jnp.abs(params["u"][0]) + 1, h)
     h = lax.cond(h.sum() > 0, lambda a: a * 2, lambda a: -a, h)
     return {"out": h * rows, "number": jnp.float32(3) + rows.sum()}
@@ -182,6 +183,17 @@ def test_on_a_mesh(kind):
         same(jax.jit(mapped(dense))(RICH, split), jax.jit(mapped(replayed(dense)))(RICH, split))
 
 
+def test_metadata_and_scopes_survive():
+    def fn(p, x):
+        with set_xla_metadata(kind="dense"), jax.named_scope("block"):
+            return p @ x
+
+    x = jnp.ones((2, 2))
+    text = jax.jit(replayed(fn)).lower(x, x).as_text(debug_info=True)
+    assert 'kind = "dense"' in text
+    assert "block/dot_general" in text
+
+
 def test_dead_code_goes_and_effects_stay():
     def fn(p, x):
         _ = jnp.exp(p)
@@ -239,5 +251,8 @@ def test_a_closed_over_tracer_is_named():
     def outer(scale):
         return _graph.trace(lambda p, x: p * x * scale, jnp.ones(2), jnp.ones(2))
 
-    with pytest.raises(TypeError, match=r"fn closes over a traced value of type ~float32\[\]: it is being transformed"):
+    with pytest.raises(
+        TypeError,
+        match=r"fn closes over a traced value of type ~float32\[\]: it is being transformed",
+    ):
         jax.jit(outer)(2.0)

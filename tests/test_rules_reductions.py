@@ -76,20 +76,8 @@ REDUCTIONS = [
         case(name, reduced(getattr(lax, name)), [A], ("free", f"'{name}' along it"))
         for name in ("cumsum", "cumprod", "cummax", "cummin")
     ),
-    case(
-        "cumlogsumexp",
-        reduced(lax.cumlogsumexp),
-        [A],
-        (SUMS, "'cumlogsumexp' along it"),
-        wrong="of zeros it is not zero",
-    ),
-    case(
-        "cumsum of ones",
-        added(lambda: jnp.cumsum(jnp.ones(4))),
-        [(4,)],
-        "free",
-        wrong="not uniform",
-    ),
+    case("cumlogsumexp", reduced(lax.cumlogsumexp), [A], (SUMS, "'cumlogsumexp' along it")),
+    case("cumsum of ones", added(lambda: jnp.cumsum(jnp.ones(4))), [(4,)], "free"),
     case(
         "sort",
         lambda x: lax.sort(x, dimension=1).sum(0),
@@ -120,24 +108,12 @@ REDUCTIONS = [
         [A],
         (SUMS, "'top_k' along it"),
     ),
-    case(
-        "top_k of ones",
-        added(lambda: lax.top_k(jnp.ones(4), 4)[1]),
-        [(4,)],
-        "free",
-        wrong="its indices are not uniform",
-    ),
+    case("top_k of ones", added(lambda: lax.top_k(jnp.ones(4), 4)[1]), [(4,)], "free"),
     case(
         "approx_max_k", lambda x: lax.approx_max_k(x, 2), [A], ("free", "'approx_top_k' along it")
     ),
     case("fft", lambda x: jnp.abs(jnp.fft.fft(x)).sum(0), [A], ("free", "'fft' along it")),
-    case(
-        "fft of ones",
-        added(lambda: jnp.abs(jnp.fft.fft(jnp.ones(4)))),
-        [(4,)],
-        "free",
-        wrong="not uniform",
-    ),
+    case("fft of ones", added(lambda: jnp.abs(jnp.fft.fft(jnp.ones(4)))), [(4,)], "free"),
     case("max pool", outer_sum(pooled(-np.inf, lax.max)), [IMAGES], pool("reduce_window_max")),
     case("min pool", outer_sum(pooled(np.inf, lax.min)), [IMAGES], pool("reduce_window_min")),
     case("average pool", outer_sum(pooled(0, lax.add)), [IMAGES], pool("reduce_window_sum")),

@@ -42,7 +42,7 @@ RESHAPES = [
     case("to size 1", reshaped(1, 4, 1, 3), [A], "free", classes=7),
     case("from size 1", reshaped(4, 3), [(1, 4, 1, 3)], ("whole", "free") * 2, classes=7),
     case("merge with size 1", reshaped(4), [(4, 1)], ("free", "whole"), classes=4),
-    case("empty", reshaped(0, 2), [(0, 3)], ("free", FACTOR), wrong="the mean of no labels"),
+    case("empty", reshaped(0, 2), [(0, 3)], "free", wrong="the mean of no labels"),
     case(
         "merge with an input",
         lambda x, i: (x * i[:, None]).reshape(-1),
@@ -142,7 +142,6 @@ MOVES = [
         added(lambda: jnp.concatenate([jnp.zeros(2), jnp.ones(3)])),
         [(5,)],
         "free",
-        wrong="uniform parts are not uniform together",
     ),
     case("stack", lambda x, y: jnp.stack([x, y], 1), [A, A], "free", "free", classes=7),
     case("stack and sum", lambda x, y: jnp.stack([x, y], 1).sum(), [A, A], "free", "free"),
@@ -272,7 +271,7 @@ MOVES = [
         scattered("add", jnp.exp),
         [A, (2, 3)],
         (WRITES, "free"),
-        (WRITES, "free"),
+        (SUMS, "free"),
         wrong="rows that are gone add nothing; others do",
     ),
     case(
@@ -286,13 +285,7 @@ MOVES = [
         "scatter ones, sum", lambda x: x.at[jnp.array([0, 2])].set(1.0).sum(1), [A], (WRITES, SUMS)
     ),
     case("scatter a part", lambda x, y: x.at[0, 1:].add(y), [A, (2,)], (WRITES, PART), PART),
-    case(
-        "scatter to zeros",
-        added(lambda: jnp.zeros(4).at[2].set(5.0)),
-        [(4,)],
-        "free",
-        wrong="not uniform where it is written",
-    ),
+    case("scatter to zeros", added(lambda: jnp.zeros(4).at[2].set(5.0)), [(4,)], "free"),
     case(
         "take along, its gradient",
         lambda g: jax.vjp(along, jnp.zeros(A))[1](g),
@@ -327,7 +320,6 @@ MOVES = [
         added(lambda: lax.dynamic_update_slice(jnp.zeros(4), jnp.ones(2), (1,))),
         [(4,)],
         "free",
-        wrong="not uniform where it is written",
     ),
     case("bitcast", lambda x: lax.bitcast_convert_type(x, "int32").sum(0), [A], "free"),
     case("bitcast, narrower", lambda x: lax.bitcast_convert_type(x, "int8").sum(0), [A], "free"),
