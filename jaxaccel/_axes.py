@@ -109,8 +109,10 @@ class Ties:
         self.pinned: dict[int, str] = {}  # root -> reason
         self.unmasked: set[int] = set()  # parameters that must keep their values where masked
         self.node: Node | None = None
+        self.in_derivative = False
         self._merges: list[Merge] = []
         self._open: set[int] = set()
+        self._singular: list[tuple[frozenset[int], np.ndarray, str]] = []
 
     def inside(self, body: Graph, operands: Sequence[Axes]) -> list[Axes]:
         """The results of a body of the node, for operands with these axes."""
@@ -221,13 +223,14 @@ class Ties:
             self.pin(axis, f"'{self._name()}' sums over values that masking leaves", ~axis.zero)
 
     def singular(self, operand: Axes, k: int, where: np.ndarray) -> None:
-        """Masking would make this zero a divisor: the parameters it comes from stay unmasked."""
-        axis = operand[k] if len(operand) else None
+        """Masking would make this zero a divisor: the parameters it comes from stay unmasked.
+
+        Judged at the end: what is pinned is never masked.
+        """
+        axis = operand[k] if k < len(operand) else None
         if isinstance(axis, Labels) and where.any():
-            if operand.sources:
-                self.unmasked |= operand.sources
-            else:
-                self.pin(axis, f"'{self._name()}' of a value that masking makes zero", where)
+            why = self.reason(f"'{self._name()}' of a value that masking makes zero")
+            self._singular.append((operand.sources or frozenset(), axis.ids[where], why))
 
     def _name(self) -> str:
         return self.node.name if self.node else ""
@@ -305,6 +308,12 @@ class Ties:
         for merge in later:
             self._settle(merge, self._shares(merge))
         self._merges.clear()
+        for sources, labels, why in self._singular:
+            loose = [root for root in self.roots(labels) if root not in self.pinned]
+            if sources and loose:
+                self.unmasked |= sources
+            else:
+                self.pinned.update(dict.fromkeys(loose, why))
 
     def _shares(self, merge: Merge) -> dict[int, float]:
         """The share of each factor's labels that could still be dropped if it were chosen."""

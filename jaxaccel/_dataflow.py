@@ -7,7 +7,7 @@ import jax
 
 from jaxaccel._graph import Atom, Graph, Node, Value, needed, run, values_of
 
-_INLINED = ("jit", "closed_call", "remat2")
+_INLINED = ("jit", "closed_call", "eval_jaxpr", "remat2")
 
 
 def known(graph: Graph, values: Iterable[Value]) -> set[Value]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.core
 import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import source_info_util
@@ -48,6 +49,7 @@ Rule: TypeAlias = Callable[["Node", list[Array]], Sequence[Array] | None]
 _CALLS = {
     "jit": "jaxpr",
     "closed_call": "call_jaxpr",
+    "eval_jaxpr": "call_jaxpr",  # JAX 0.11's name for closed_call
     "remat2": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
@@ -242,6 +244,10 @@ def run(graph: Graph, arguments: Sequence[Any], rule: Rule | None = None) -> lis
         results = node.run(operands) if results is None else results
         values.update(zip(node.outputs, results, strict=True))
     return [read(atom) for atom in graph.outputs]
+
+
+def is_float(atom: Atom) -> bool:
+    return jnp.issubdtype(atom.aval.dtype, jnp.inexact)  # pyright: ignore
 
 
 class Loop(NamedTuple):

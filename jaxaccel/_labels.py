@@ -51,9 +51,16 @@ class Labelling(Ties):
         whole = None if None in known else frozenset().union(*(s for s in known if s))
         number = constant(node, used)
         return [
-            Axes(tuple(axes), shape, number, whole)
+            Axes(tuple(map(self._lasting, axes)), shape, number, whole)
             for axes, shape in zip(found, shapes, strict=True)
         ]
+
+    def _lasting(self, axis: Axis) -> Axis:
+        """An axis of size 1 is whole from here on."""
+        if isinstance(axis, Labels) and len(axis.ids) == 1:
+            self.pin(axis, f"'{self._name()}' leaves a single index of it")
+            return OPAQUE
+        return axis
 
 
 def _read(axes: dict[Value, Axes], atom: Atom) -> Axes:
@@ -64,7 +71,7 @@ def _constant_axes(value: Any) -> Axes:
     shape = np.shape(value)
     number = None
     if shape == () and isinstance(value, np.generic | np.ndarray | int | float | bool):
-        number = float(np.real(value))
+        number = float(value) if np.isrealobj(value) else None
     return Axes(tuple(Free() for _ in shape), shape, number)
 
 

@@ -11,9 +11,9 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxaccel import _graph
 from jaxaccel._axes import OPAQUE, Axes, Axis, Free, Labels
-from jaxaccel._graph import Graph, Node
+from jaxaccel._graph import Graph, Node, is_float
 from jaxaccel._labels import Labelling
-from jaxaccel._rules import Cut, rule_of
+from jaxaccel._rules import Cut, cotangent, rule_of
 
 
 class Shrunk:
@@ -34,6 +34,7 @@ class Shrunk:
             if root in labelling.pinned:
                 raise ValueError(f"a dropped channel is pinned: {labelling.pinned[root]}")
         self._kept: dict[int, np.ndarray | None] = {}
+        self._known: dict[Node, bool] = {}
 
     def kept(self, axis: Axis) -> np.ndarray | None:
         """The indices of an axis that are left, None where all are."""
@@ -56,10 +57,10 @@ class Shrunk:
         return [self._fit(value, axes) for value, axes in zip(results, outputs, strict=True)]
 
     def _node(self, node: Node, operands: list[Any]) -> Sequence[Any] | None:
+        if not self._touched(node):
+            return None
         used = self.labelling.operands[node]
         kept = [[self.kept(axis) for axis in axes] for axes in used]
-        if all(indices is None for axes in kept for indices in axes):
-            return None
         operands = [self._fit(value, axes) for value, axes in zip(operands, used, strict=True)]
         if node.bodies:
             return self._call(node, operands)
@@ -74,6 +75,16 @@ class Shrunk:
                 f"{shapes}; its rule is wrong (see jx.check_rule)"
             )
         return results
+
+    def _touched(self, node: Node) -> bool:
+        """Whether anything is gone from its operands, its results or the nodes inside."""
+        if node not in self._known:
+            around = [*self.labelling.operands[node], *self.labelling.results[node]]
+            inside = (inner for body in node.bodies for inner in body.nodes)
+            self._known[node] = any(
+                self.kept(axis) is not None for axes in around for axis in axes
+            ) or any(map(self._touched, inside))
+        return self._known[node]
 
     def _fit(self, value: Any, axes: Axes) -> Any:
         """What was computed whole, cut for this use."""
@@ -96,26 +107,31 @@ class Shrunk:
             return _custom_vjp(self, node, bodies[0], operands)
         return _graph.rerun(node, operands, bodies)
 
-    def derived(self, graph: Graph, axes: Sequence[Axes]) -> Callable[[Sequence[Any]], list[Any]]:
-        """Another graph, whose inputs have these axes of this one's, shrunk alike."""
+    def derived(
+        self, graph: Graph, axes: Sequence[Axes], wanted: Sequence[Axes]
+    ) -> Callable[[Sequence[Any]], list[Any]]:
+        """Another graph, shrunk alike: these axes of this one are those of its in- and outputs."""
         inner = _Derivative()
-        inputs, dropped = [], []
-        for outside in axes:
-            own = []
-            for axis, size in zip(outside, outside.shape, strict=True):
-                kept = self.kept(axis)
-                if isinstance(axis, Labels) or kept is not None:
-                    ids = inner.new(size)
-                    zero = np.broadcast_to(getattr(axis, "zero", False), size)
-                    own.append(Labels(ids, zero))
-                    dropped.append(ids if kept is None else np.delete(ids, kept))
-                    if kept is None:
-                        dropped.pop()
-                else:
-                    own.append(Free(axis.uniform) if isinstance(axis, Free) else OPAQUE)
-            inputs.append(Axes(tuple(own), outside.shape, outside.constant, None))
-        inner.inside(graph, inputs)
-        gone = np.concatenate([np.zeros(0, int), *dropped])
+        dropped = [np.zeros(0, int)]
+
+        def copied(axis: Axis, size: Any) -> Axis:
+            kept = self.kept(axis)
+            if not isinstance(axis, Labels) and kept is None:
+                return Free(axis.uniform) if isinstance(axis, Free) else OPAQUE
+            ids = inner.new(size)
+            if kept is not None:
+                dropped.append(np.delete(ids, kept))
+            return Labels(ids, np.broadcast_to(getattr(axis, "zero", False), size))
+
+        def copy(outside: Axes) -> Axes:
+            own = map(copied, outside, outside.shape)
+            return Axes(tuple(own), outside.shape, outside.constant, None)
+
+        made = inner.inside(graph, [copy(outside) for outside in axes])
+        for out, outside in zip(made, map(copy, wanted), strict=True):
+            for one, other in zip(out, outside, strict=True):
+                inner.same(one, other)
+        gone = np.concatenate(dropped)
         inner.decide(gone)
         shrunk = Shrunk(inner, gone)
         return lambda arguments: shrunk.run(graph, arguments)
@@ -124,12 +140,12 @@ class Shrunk:
 class _Derivative(Labelling):
     """A derivative is wanted at the smaller sizes only: nothing is masked, nothing divides by 0."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_derivative = True
+
     def singular(self, operand: Axes, k: int, where: np.ndarray) -> None:
         pass
-
-
-def _is_float(value: Any) -> bool:
-    return jnp.issubdtype(value.aval.dtype, jnp.inexact)
 
 
 def _custom_jvp(shrunk: Shrunk, node: Node, body: Callable, operands: list[Any]) -> list[Any]:
@@ -141,15 +157,17 @@ def _custom_jvp(shrunk: Shrunk, node: Node, body: Callable, operands: list[Any])
         active = [
             i
             for i, (atom, tangent) in enumerate(zip(node.inputs, tangents, strict=True))
-            if _is_float(atom) and not isinstance(tangent, SymbolicZero)
+            if is_float(atom) and not isinstance(tangent, SymbolicZero)
         ]
         graph = _graph.jvp_graph(node, active)
-        run = shrunk.derived(graph, [*used, *(used[i] for i in active)])
+        made = shrunk.labelling.results[node]
+        moving = [made[i] for i, out in enumerate(node.outputs) if is_float(out)]
+        run = shrunk.derived(graph, [*used, *(used[i] for i in active)], [*made, *moving])
         results = run([*primals, *(tangents[i] for i in active)])
         outputs, moved = results[: len(node.outputs)], iter(results[len(node.outputs) :])
         none = lambda out: np.zeros(out.shape, jax.dtypes.float0)
         pairs = zip(node.outputs, outputs, strict=True)
-        return tuple(outputs), tuple(next(moved) if _is_float(v) else none(o) for v, o in pairs)
+        return tuple(outputs), tuple(next(moved) if is_float(v) else none(o) for v, o in pairs)
 
     called.defjvp(jvp, symbolic_zeros=True)
     return list(called(*operands))
@@ -158,15 +176,16 @@ def _custom_jvp(shrunk: Shrunk, node: Node, body: Callable, operands: list[Any])
 def _custom_vjp(shrunk: Shrunk, node: Node, body: Callable, operands: list[Any]) -> list[Any]:
     """The same for a custom vjp; its backward pass begins by computing the residuals again."""
     labelling = shrunk.labelling
-    active = [i for i, atom in enumerate(node.inputs) if _is_float(atom)]
-    results = [i for i, out in enumerate(node.outputs) if _is_float(out)]
-    axes = [*labelling.operands[node], *(labelling.results[node][i] for i in results)]
+    active = [i for i, atom in enumerate(node.inputs) if is_float(atom)]
+    results = [i for i, out in enumerate(node.outputs) if is_float(out)]
+    axes = [*labelling.operands[node], *(cotangent(labelling.results[node][i]) for i in results)]
     called = jax.custom_vjp(lambda *args: tuple(body(*args)))
 
     def backward(args: Sequence[Any], cotangents: Sequence[Any]) -> Any:
         graph = _graph.vjp_graph(node, active, results)
-        made = iter(shrunk.derived(graph, axes)([*args, *(cotangents[i] for i in results)]))
-        return tuple(next(made) if _is_float(atom) else None for atom in node.inputs)
+        run = shrunk.derived(graph, axes, [axes[i] for i in active])
+        made = iter(run([*args, *(cotangents[i] for i in results)]))
+        return tuple(next(made) if is_float(atom) else None for atom in node.inputs)
 
     called.defvjp(lambda *args: (tuple(body(*args)), args), backward)
     return list(called(*operands))

@@ -3,6 +3,7 @@
 import re
 import warnings
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,7 @@ def test_parameters_keep_paths_and_dtypes_and_those_never_read():
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 
-def convolve(x, kernel, padding="VALID", layout=NHWC, groups=1, **options):
+def convolve(x, kernel, padding: Any = "VALID", layout=NHWC, groups=1, **options):
     options |= {"dimension_numbers": layout, "feature_group_count": groups}
     return lax.conv_general_dilated(x, kernel, (1, 1), padding, **options)
 
@@ -244,7 +245,8 @@ def test_a_transposed_convolution_takes_what_follows_and_no_shift_before():
     params = norm_params()
 
     def fn(params, x):
-        x = convolve(x + 1, params["conv"]["kernel"], lhs_dilation=(2, 2))
+        none = ((0, 0), (0, 0))
+        x = convolve(x + 1, params["conv"]["kernel"], none, lhs_dilation=(2, 2))
         return normalised(params["norm"], x)
 
     folded, new = jx.fold.batchnorm(fn, params, X)

@@ -16,7 +16,7 @@ from tests.rules import case, check, names, shape
 
 RANDOM = np.random.default_rng(0)
 # Signs differ between the columns only: a column's sum is never undefined for one bad number.
-CONSTANT = RANDOM.uniform(0.1, 0.9, (4, 3)).astype("float32") * np.float32([1, -1, 1])
+CONSTANT = RANDOM.uniform(0.1, 0.9, (4, 3)).astype("float32") * np.array([1, -1, 1], "float32")
 
 
 def positive(low: float = 0.1) -> jax.Array:
@@ -167,14 +167,14 @@ ELEMENTWISE = [
     case("clamp by scalar parameters", summed(lax.clamp), [(), A, ()], (), SUMS, ()),
     case("a factor not zero", summed(lambda x, y: jnp.exp(x) * y), [A, A], "free", "free"),
     case("a summand not zero", summed(lambda x, y: jnp.exp(x) + y), [A, A], SUMS, SUMS),
-    case("constant sigmoid", constantly(jax.nn.sigmoid, 0.0), [A], SUMS, wrong="it is not 1"),
-    case("constant acos", constantly(lax.acos, 0.0), [A], SUMS, wrong="it is not 1"),
-    case("constant not", constantly(lax.bitwise_not, 0), [A], SUMS, wrong="it is not 1"),
-    case("constant clz", constantly(lax.clz, 0), [A], SUMS, wrong="it is not 1"),
-    case("constant xor", constantly(lambda c: c ^ 3, 5), [A], SUMS, wrong="it is not 1"),
-    case("constant or", constantly(lambda c: (c | 1) - 1, 2), [A], SUMS, wrong="it is not 3"),
+    case("constant sigmoid", constantly(jax.nn.sigmoid, 0.0), [A], SUMS),
+    case("constant acos", constantly(lax.acos, 0.0), [A], SUMS),
+    case("constant not", constantly(lax.bitwise_not, 0), [A], SUMS),
+    case("constant clz", constantly(lax.clz, 0), [A], SUMS),
+    case("constant xor", constantly(lambda c: c ^ 3, 5), [A], SUMS),
+    case("constant or", constantly(lambda c: (c | 1) - 1, 2), [A], SUMS),
     case("constant exp", constantly(jnp.exp, 0.0), [A], "free"),
-    case("not finite at 0", undefined(lax.igamma), [(4,), (4,), A], *["free"] * 3, wrong="NaN"),
+    case("not finite at 0", undefined(lax.igamma), [(4,), (4,), A], *["free"] * 3),
     case("ties", lambda x, y: x * y + y, [A, A], "free", "free", classes=7),
     case(
         "select by a scalar", summed(lambda x, y: lax.select_n(True, x, y)), [A, A], "free", "free"

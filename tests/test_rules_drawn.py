@@ -1,8 +1,10 @@
 """Convolutions, products and reshapes with drawn parameters: removed equals set to zero."""
 
 from math import prod
+from typing import Any
 
 import jax.numpy as jnp
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
@@ -61,7 +63,7 @@ def products(draw):
         order = draw(st.permutations(range(len(shared) + len(own))))
         sides.append(_ordered([*shared, *own], order))
         places.append(order)
-    dims = (
+    dims: Any = (
         tuple(tuple(order[batch : len(shared)]) for order in places),
         tuple(tuple(order[:batch]) for order in places),
     )

@@ -42,7 +42,7 @@ RESHAPES = [
     case("to size 1", reshaped(1, 4, 1, 3), [A], "free", classes=7),
     case("from size 1", reshaped(4, 3), [(1, 4, 1, 3)], ("whole", "free") * 2, classes=7),
     case("merge with size 1", reshaped(4), [(4, 1)], ("free", "whole"), classes=4),
-    case("empty", reshaped(0, 2), [(0, 3)], "free", wrong="the mean of no labels"),
+    case("empty", reshaped(0, 2), [(0, 3)], "free"),
     case(
         "merge with an input",
         lambda x, i: (x * i[:, None]).reshape(-1),
@@ -229,7 +229,6 @@ MOVES = [
         [A, (5,)],
         (PICKS, "free"),
         SUMS,
-        wrong="index zero does not give zero",
     ),
     case("take from ones", added(lambda: jnp.ones((4, 3))[jnp.array([0, 2])]), [(2, 3)], "free"),
     case("scatter-add", scattered("add"), [A, (2, 3)], (WRITES, "free"), "free", classes=5),
@@ -240,7 +239,6 @@ MOVES = [
         [A, (2, 3)],
         (WRITES, "free"),
         (WRITES, "free"),
-        wrong="rows that are gone write nothing; zeros do",
     ),
     case(
         "scatter-mul",
@@ -248,7 +246,6 @@ MOVES = [
         [A, (2, 3)],
         (WRITES, "free"),
         (WRITES, "free"),
-        wrong="rows that are gone write nothing; zeros do",
     ),
     case(
         "scatter-min",
@@ -256,7 +253,6 @@ MOVES = [
         [A, (2, 3)],
         (WRITES, "free"),
         (WRITES, "free"),
-        wrong="rows that are gone write nothing; zeros do",
     ),
     case(
         "scatter-max",
@@ -264,7 +260,6 @@ MOVES = [
         [A, (2, 3)],
         (WRITES, "free"),
         (WRITES, "free"),
-        wrong="rows that are gone write nothing; zeros do",
     ),
     case(
         "scatter-add what is not zero",
@@ -272,7 +267,6 @@ MOVES = [
         [A, (2, 3)],
         (WRITES, "free"),
         (SUMS, "free"),
-        wrong="rows that are gone add nothing; others do",
     ),
     case(
         "scatter to columns",
@@ -291,7 +285,6 @@ MOVES = [
         lambda g: jax.vjp(along, jnp.zeros(A))[1](g),
         [(4, 2)],
         "free",
-        wrong="the batch of a free operand is not cut",
     ),
     case(
         "dynamic slice",

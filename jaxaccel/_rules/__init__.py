@@ -3,10 +3,11 @@
 One table, filled by the modules of this package from a small vocabulary.
 """
 
-from jaxaccel._rules import contractions, elementwise, loops, shapes
+from jaxaccel._rules import contractions, elementwise, indexing, loops, shapes
 from jaxaccel._rules._table import Cut as Cut
 from jaxaccel._rules._table import register_rule as register_rule
 from jaxaccel._rules._table import rule_of as rule_of
 from jaxaccel._rules.elementwise import constant as constant
+from jaxaccel._rules.loops import cotangent as cotangent
 
-del contractions, elementwise, loops, shapes
+del contractions, elementwise, indexing, loops, shapes

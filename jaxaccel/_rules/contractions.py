@@ -1,14 +1,14 @@
 """Products with sums: dot_general and every kind of convolution."""
 
 from collections.abc import Sequence
-from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from jaxaccel._axes import OPAQUE, Axes, Axis, Free, Labels, Ties
-from jaxaccel._graph import Node
-from jaxaccel._rules._table import Cut, Results, add, changed
+from jaxaccel._graph import Node, shape_of
+from jaxaccel._rules._table import Cut, Results, add
 
 
 def _dot_general(t: Ties, node: Node, lhs: Axes, rhs: Axes) -> Results:
@@ -82,7 +82,7 @@ def _grouped(t: Ties, groups: int, features: Axis, into: Axis, out: Axis) -> Axi
     if isinstance(out, Labels):
         rows = out.ids.reshape(groups, -1)
         t.tie(rows, rows[:1])
-    return out
+    return Free() if isinstance(out, Free) else out
 
 
 def _batch_groups(
@@ -97,14 +97,19 @@ def _batch_groups(
     return OPAQUE, OPAQUE
 
 
-def _group_counts(node: Node, operands: Sequence[Array], cut: Cut) -> dict[str, Any]:
+def _resized_conv(node: Node, operands: Sequence[Array], cut: Cut) -> Sequence[Array]:
     p, layout = node.params, node.params["dimension_numbers"]
     x, kernel = operands[0].shape, operands[1].shape
-    if p["batch_group_count"] > 1:
-        return {"batch_group_count": x[layout.lhs_spec[0]]} if cut.shapes else {}
-    return {"feature_group_count": x[layout.lhs_spec[1]] // kernel[layout.rhs_spec[1]]}
+    if 0 in (*x, *kernel):  # a convolution wants channels
+        return [jnp.zeros(cut.shapes[0], node.outputs[0].aval.dtype)]
+    counts = {}
+    if p["batch_group_count"] == shape_of(node.inputs[0])[layout.lhs_spec[0]] > 1:
+        counts["batch_group_count"] = x[layout.lhs_spec[0]]
+    elif p["feature_group_count"] > 1 and kernel[layout.rhs_spec[1]] == 1:
+        counts["feature_group_count"] = x[layout.lhs_spec[1]]
+    return node.run(operands, **counts)
 
 
 add("dot_general", _dot_general)
 add("ragged_dot_general", _ragged_dot)
-add("conv_general_dilated", _conv, changed(_group_counts))
+add("conv_general_dilated", _conv, _resized_conv)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
+import jax
 import numpy as np
 
 from jaxaccel._axes import OPAQUE, Axes, Axis, Free, Labels, Ties
@@ -71,7 +72,18 @@ def numerator(
 def every_case(
     t: Ties, node: Node, operands: Sequence[Axes], zeros: list[np.ndarray], k: int
 ) -> np.ndarray:
+    if operands[0].constant is not None:
+        return zeros[1 + int(operands[0].constant)]
     return np.logical_and.reduce(zeros[1:])
+
+
+def unknown_at_zero(
+    t: Ties, node: Node, operands: Sequence[Axes], zeros: list[np.ndarray], k: int
+) -> np.ndarray:
+    """Not zero, and perhaps not finite."""
+    for operand, zero in zip(operands, zeros, strict=True):
+        t.singular(operand, k, zero)
+    return np.zeros_like(zeros[0])
 
 
 def value_at_zero(name: str) -> Zero:
@@ -80,6 +92,8 @@ def value_at_zero(name: str) -> Zero:
     def zero(
         t: Ties, node: Node, operands: Sequence[Axes], zeros: list[np.ndarray], k: int
     ) -> np.ndarray:
+        if name == "pow" and operands[1].constant is None:
+            return unknown_at_zero(t, node, operands[:1], zeros[:1], k)
         varying = [i for i, x in enumerate(operands) if x.constant is None]
         every = np.logical_and.reduce([zeros[i] for i in varying])
         value = _value(name, node, [x.constant or 0 for x in operands])
@@ -105,13 +119,20 @@ def constant(node: Node, operands: Sequence[Axes]) -> float | None:
         return None
     if node.name in _KEEP_VALUES:
         return numbers[0]
-    if node.name == "convert_element_type":
-        value = np.asarray(numbers[0]).astype(node.params["new_dtype"])
-        return float(value) if np.isrealobj(value) else None
-    if node.name not in _FUNCTIONS:
+    if node.name not in _FUNCTIONS or node.name in _AT_ZERO_ALONE:
         return None
     value = _value(node.name, node, [number or 0.0 for number in numbers])
-    return value if np.isfinite(value) else None
+    return _rounded(value, node.outputs[0].aval.dtype) if np.isfinite(value) else None
+
+
+def _rounded(value: float, dtype: Any) -> float | None:
+    """The number as an array of this type would hold it."""
+    if np.issubdtype(dtype, np.integer):
+        return float(np.int64(value).astype(dtype))
+    if np.issubdtype(dtype, np.complexfloating) or dtype == jax.dtypes.float0:
+        return None
+    with np.errstate(all="ignore"):
+        return float(np.asarray(value).astype(dtype))
 
 
 def _at_zero(value: float, x: Any) -> float:
@@ -122,15 +143,19 @@ def _at_zero(value: float, x: Any) -> float:
 _KEEP_VALUES = ("broadcast_in_dim", "reshape", "squeeze", "transpose", "copy", "slice")
 
 _AT_ZERO = {
-    "convert_element_type stop_gradient reduce_precision name real imag conj erf erf_inv copy "
+    "stop_gradient reduce_precision name real imag conj erf erf_inv copy "
     "bessel_i1e population_count sign floor ceil round integer_pow": 0.0,
     "exp2 cos cosh logistic erfc not is_finite bessel_i0e acos clz": 1.0,
     "digamma lgamma acosh": np.inf,
 }
 
+# Of these nothing but the value at zero is right below.
+_AT_ZERO_ALONE = {*" ".join(_AT_ZERO).split(), "or", "xor", "zeros_like"} - {"integer_pow"}
+
 # Each function at zero decides whether "zero where masked" survives it.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{name: partial(_at_zero, v) for names, v in _AT_ZERO.items() for name in names.split()},
+    "convert_element_type": float,
     "neg": operator.neg,
     "abs": abs,
     "square": np.square,
@@ -178,7 +203,8 @@ add("mul and", elementwise(any_factor))
 add("shift_left shift_right_logical shift_right_arithmetic", elementwise(first_operand))
 add("div rem", elementwise(numerator))
 add("select_n", elementwise(every_case))
-add("nextafter atan2 igamma igammac polygamma zeta complex mulhi", elementwise(never))
+add("nextafter atan2 complex mulhi", elementwise(never))
+add("igamma igammac polygamma zeta", elementwise(unknown_at_zero))
 
 
 def _unchanged(t: Ties, node: Node, *operands: Axes) -> Results:

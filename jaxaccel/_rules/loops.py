@@ -5,12 +5,35 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jaxaccel._axes import OPAQUE, Axes, Axis, Labels, Ties
-from jaxaccel._graph import Node, loop
+from jaxaccel._graph import Node, is_float, loop, vjp_graph
 from jaxaccel._rules._table import Results, add
 
 
 def _call(t: Ties, node: Node, *operands: Axes) -> Results:
     return [list(out) for out in t.inside(node.bodies[0], operands)]
+
+
+def _custom_vjp(t: Ties, node: Node, *operands: Axes) -> Results:
+    """Its backward pass is followed too: it may mix what its forward pass does not."""
+    made = t.inside(node.bodies[0], operands)
+    if t.in_derivative:  # the forward pass of a rule may call its function again
+        return [list(out) for out in made]
+    active = [i for i, atom in enumerate(node.inputs) if is_float(atom)]
+    results = [i for i, out in enumerate(node.outputs) if is_float(out)]
+    backward = vjp_graph(node, active, results)
+    t.in_derivative = True
+    moved = t.inside(backward, [*operands, *(cotangent(made[i]) for i in results)])
+    t.in_derivative = False
+    for i, axes in zip(active, moved, strict=True):
+        for given, found in zip(operands[i], axes, strict=True):
+            t.same(given, found)
+    return [list(out) for out in made]
+
+
+def cotangent(axes: Axes) -> Axes:
+    """The axes of a result's cotangent, which may be anything where the result is zero."""
+    own = [Labels(a.ids, np.zeros_like(a.zero)) if isinstance(a, Labels) else a for a in axes]
+    return Axes(tuple(own), axes.shape, None, None)
 
 
 def _cond(t: Ties, node: Node, index: Axes, *operands: Axes) -> Results:
@@ -80,7 +103,8 @@ def _zeros(state: list[list[Axis]]) -> list[int]:
     return [int(axis.zero.sum()) for axes in state for axis in axes if isinstance(axis, Labels)]
 
 
-add("jit closed_call remat2 custom_jvp_call custom_vjp_call", _call)
+add("jit closed_call eval_jaxpr remat2 custom_jvp_call", _call)
+add("custom_vjp_call", _custom_vjp)
 add("cond", _cond)
 add("scan", _scan)
 add("while", _while)

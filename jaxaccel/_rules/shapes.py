@@ -39,12 +39,14 @@ def _broadcast(t: Ties, node: Node, x: Axes, *_: Axes) -> Results:
 def _reshape(t: Ties, node: Node, x: Axes, *_: Axes) -> Results:
     shape = node.outputs[0].shape
     out: list[Axis] = [OPAQUE] * len(shape)
-    for ins, outs in _blocks(x.shape, shape):
-        if not ins or not outs:  # an empty array
-            for k in ins:
-                t.pin(x[k], "a reshape of an empty array")
-            continue
-        merged = t.merge([x[k] for k in ins], [x.shape[k] for k in ins])
+    if 0 in shape:
+        for axis in x:
+            t.pin(axis, "a reshape of an empty array")
+        return [out]
+    order = node.params.get("dimensions") or range(len(x))
+    axes, sizes = [x[k] for k in order], [x.shape[k] for k in order]
+    for ins, outs in _blocks(sizes, shape):
+        merged = t.merge([axes[k] for k in ins], [sizes[k] for k in ins])
         for k, axis in zip(outs, t.split(merged, [shape[k] for k in outs]), strict=True):
             out[k] = axis
     return [out]
@@ -66,7 +68,7 @@ def _blocks(before: Sequence[Any], after: Sequence[Any]) -> list[tuple[list[int]
                 outs.append(right.pop(0))
                 size_out = size_out * after[outs[-1]]
         blocks.append((ins, outs))
-    return [*blocks, *(([k], []) for k in left), *(([], [k]) for k in right)]
+    return blocks
 
 
 def _takes_left(size_in: Any, size_out: Any) -> bool:
@@ -193,28 +195,6 @@ def _padding(node: Node, operands: Sequence[Array], cut: Cut) -> dict[str, Any]:
     return {"padding_config": tuple(config)}
 
 
-def _dynamic_slice(t: Ties, node: Node, x: Axes, *starts: Axes) -> Results:
-    sizes = node.params["slice_sizes"]
-    why = "a dynamic slice takes a part of it"
-    return [
-        [
-            axis if n == full else pinned(t, axis, why)
-            for axis, n, full in zip(x, sizes, x.shape, strict=True)
-        ]
-    ]
-
-
-def _dynamic_update_slice(t: Ties, node: Node, x: Axes, part: Axes, *starts: Axes) -> Results:
-    axes = []
-    for k in range(len(x)):
-        if x.shape[k] == part.shape[k]:
-            axes.append(t.same(x[k], part[k]))
-        else:
-            t.pin(part[k], "a dynamic update writes a part of an axis")
-            axes.append(pinned(t, x[k], "a dynamic update writes a part of it"))
-    return [axes]
-
-
 def _sum(t: Ties, node: Node, *operands: Axes) -> Results:
     for x in operands:
         for k in node.params["axes"]:
@@ -223,10 +203,15 @@ def _sum(t: Ties, node: Node, *operands: Axes) -> Results:
 
 
 def _reduce(t: Ties, node: Node, *operands: Axes) -> Results:
-    for x in operands:
-        for k in node.params["axes"]:
+    gone = node.params["axes"]
+    results = []
+    for x in operands[: len(node.outputs)]:
+        for k in gone:
             t.pin(x[k], f"'{node.name}' over it")
-    return [_without(x, node.params["axes"]) for x in operands][: len(node.outputs)]
+        empty = any(x.shape[k] == 0 for k in gone)
+        axes = _without(x, gone)
+        results.append([t.same(axis, zero=False) for axis in axes] if empty else axes)
+    return results
 
 
 def _without(x: Axes, gone: Sequence[int]) -> list[Axis]:
@@ -272,12 +257,21 @@ def _window(t: Ties, node: Node, *operands: Axes) -> Results:
     for k in range(rank):
         together = [x[k] for x in full]
         if _still(node.params, k):
-            axes.append(t.same(*together))
+            axes.append(t.same(*together, zero=False if _may_be_padding(node) else None))
         else:
             for axis in together:
                 t.pin(axis, f"'{node.name}' moves over it")
             axes.append(OPAQUE)
     return [axes for _ in node.outputs]
+
+
+def _may_be_padding(node: Node) -> bool:
+    """Whether a window of a maximum can lie outside of the array, where it is not zero."""
+    if not node.name.startswith("reduce_window_m"):
+        return False
+    sizes, pads = node.params["window_dimensions"], node.params["padding"]
+    spread = any(n != 1 for n in node.params["base_dilation"])
+    return spread or any(max(pad) >= size for size, pad in zip(sizes, pads, strict=True))
 
 
 def _still(params: dict[str, Any], k: int) -> bool:
@@ -286,62 +280,7 @@ def _still(params: dict[str, Any], k: int) -> bool:
     return not moving and tuple(params.get("padding", ((0, 0),) * (k + 1))[k]) == (0, 0)
 
 
-def _gather(t: Ties, node: Node, x: Axes, indices: Axes) -> Results:
-    how, sizes = node.params["dimension_numbers"], node.params["slice_sizes"]
-    t.pin(indices[-1], "indexes with it")
-    out: list[Axis | None] = [None] * len(node.outputs[0].shape)
-    slots = iter(how.offset_dims)
-    batch = dict(zip(how.operand_batching_dims, how.start_indices_batching_dims, strict=True))
-    rows = list(indices)[:-1]
-    for k, axis in enumerate(x):
-        if k in batch:
-            rows[batch[k]] = t.same(axis, rows[batch[k]])
-        elif k in how.collapsed_slice_dims:
-            t.pin(axis, "'gather' picks indices of it")
-        else:
-            whole = sizes[k] == x.shape[k] and k not in how.start_index_map
-            out[next(slots)] = axis if whole else pinned(t, axis, "'gather' takes a part of it")
-    rest = iter(rows)
-    fill = node.params.get("fill_value")
-    axes = [axis if axis is not None else next(rest) for axis in out]
-    return [
-        axes if fill in (None, 0) or fill != fill else [t.same(axis, zero=False) for axis in axes]
-    ]
-
-
-def _gather_sizes(node: Node, operands: Sequence[Array], cut: Cut) -> dict[str, Any]:
-    full = shape_of(node.inputs[0])
-    sizes = zip(node.params["slice_sizes"], full, operands[0].shape, strict=True)
-    return {"slice_sizes": tuple(left if n == all_of_it else n for n, all_of_it, left in sizes)}
-
-
-def _scatter(t: Ties, node: Node, x: Axes, indices: Axes, updates: Axes) -> Results:
-    how = node.params["dimension_numbers"]
-    t.pin(indices[-1], "indexes with it")
-    batch = dict(zip(how.operand_batching_dims, how.scatter_indices_batching_dims, strict=True))
-    in_window = iter(how.update_window_dims)
-    rows = iter(k for k in range(len(updates)) if k not in how.update_window_dims)
-    for k in range(len(indices) - 1):
-        t.same(indices[k], updates[next(rows)])
-    axes: list[Axis] = []
-    for k, axis in enumerate(x):
-        if k in batch:
-            axis = t.same(axis, indices[batch[k]])
-        elif k in how.inserted_window_dims:
-            axis = pinned(t, axis, f"'{node.name}' writes at indices of it")
-        else:
-            own = next(in_window)
-            if updates.shape[own] == x.shape[k] and k not in how.scatter_dims_to_operand_dims:
-                axis = t.same(axis, updates[own])
-            else:
-                t.pin(updates[own], f"'{node.name}' writes a part of an axis")
-                axis = pinned(t, axis, f"'{node.name}' writes a part of it")
-        axes.append(Free() if isinstance(axis, Free) else axis)
-    return [axes]
-
-
 _SHAPE = changed(lambda node, operands, cut: {"shape": cut.shapes[0]})
-_SIZES = changed(lambda node, operands, cut: {"slice_sizes": cut.shapes[0]})
 
 add("transpose", _transpose)
 add("squeeze", _squeeze)
@@ -360,8 +299,6 @@ add(
 )
 add("slice", _slice, _resized_slice)
 add("pad", _pad, changed(_padding))
-add("dynamic_slice", _dynamic_slice, _SIZES)
-add("dynamic_update_slice", _dynamic_update_slice)
 add("reduce_sum", _sum)
 add(
     "reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin",
@@ -375,5 +312,3 @@ add(
     "select_and_gather_add",
     _window,
 )
-add("gather", _gather, changed(_gather_sizes))
-add("scatter scatter-add scatter-mul scatter-min scatter-max scatter-sub", _scatter)

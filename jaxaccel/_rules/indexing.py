@@ -1,0 +1,101 @@
+"""Primitives that read or write at indices: gather, scatter and the dynamic slices."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Array
+
+from jaxaccel._axes import Axes, Axis, Free, Labels, Ties
+from jaxaccel._graph import Node, shape_of
+from jaxaccel._rules._table import Cut, Results, add, changed, pinned
+
+
+def _dynamic_slice(t: Ties, node: Node, x: Axes, *starts: Axes) -> Results:
+    sizes = node.params["slice_sizes"]
+    why = "a dynamic slice takes a part of it"
+    return [
+        [
+            axis if n == full else pinned(t, axis, why)
+            for axis, n, full in zip(x, sizes, x.shape, strict=True)
+        ]
+    ]
+
+
+def _dynamic_update_slice(t: Ties, node: Node, x: Axes, part: Axes, *starts: Axes) -> Results:
+    axes = []
+    for k in range(len(x)):
+        if x.shape[k] == part.shape[k]:
+            axes.append(t.same(x[k], part[k]))
+        else:
+            t.pin(part[k], "a dynamic update writes a part of an axis")
+            axes.append(pinned(t, x[k], "a dynamic update writes a part of it"))
+    return [axes]
+
+
+def _gather(t: Ties, node: Node, x: Axes, indices: Axes) -> Results:
+    how, sizes = node.params["dimension_numbers"], node.params["slice_sizes"]
+    t.pin(indices[-1], "indexes with it")
+    out: list[Axis | None] = [None] * len(node.outputs[0].shape)
+    slots = iter(how.offset_dims)
+    batch = dict(zip(how.operand_batching_dims, how.start_indices_batching_dims, strict=True))
+    rows = [t.same(axis, zero=False) for axis in indices.axes[:-1]]
+    for k, axis in enumerate(x):
+        if k in batch:
+            zero = axis.zero if isinstance(axis, Labels) else False
+            rows[batch[k]] = t.same(axis, rows[batch[k]], zero=zero)
+        elif k in how.collapsed_slice_dims:
+            t.pin(axis, "'gather' picks indices of it")
+        else:
+            whole = sizes[k] == x.shape[k] and k not in how.start_index_map
+            out[next(slots)] = axis if whole else pinned(t, axis, "'gather' takes a part of it")
+    rest = iter(rows)
+    fill = node.params.get("fill_value")
+    axes = [axis if axis is not None else next(rest) for axis in out]
+    return [
+        axes if fill in (None, 0) or fill != fill else [t.same(axis, zero=False) for axis in axes]
+    ]
+
+
+def _gather_sizes(node: Node, operands: Sequence[Array], cut: Cut) -> dict[str, Any]:
+    full = shape_of(node.inputs[0])
+    sizes = zip(node.params["slice_sizes"], full, operands[0].shape, strict=True)
+    return {"slice_sizes": tuple(left if n == all_of_it else n for n, all_of_it, left in sizes)}
+
+
+def _scatter(t: Ties, node: Node, x: Axes, indices: Axes, updates: Axes) -> Results:
+    how = node.params["dimension_numbers"]
+    t.pin(indices[-1], "indexes with it")
+    batch = dict(zip(how.operand_batching_dims, how.scatter_indices_batching_dims, strict=True))
+    in_window = iter(how.update_window_dims)
+    rows = [k for k in range(len(updates)) if k not in how.update_window_dims]
+    for j, row in enumerate(rows):
+        both = t.same(indices[j], updates[row], zero=False)
+        if j not in batch.values():
+            adds = node.name in ("scatter-add", "scatter-sub")
+            t.total(updates[row]) if adds else t.pin(both, f"'{node.name}' writes its rows")
+    axes: list[Axis] = []
+    for k, axis in enumerate(x):
+        if k in batch:
+            row = updates[rows[batch[k]]]
+            written = t.same(axis, row)
+            zero = written.zero if isinstance(written, Labels) else False
+            axis = t.same(written, indices[batch[k]], zero=zero)
+        elif k in how.inserted_window_dims:
+            axis = pinned(t, axis, f"'{node.name}' writes at indices of it")
+        else:
+            own = next(in_window)
+            if updates.shape[own] == x.shape[k] and k not in how.scatter_dims_to_operand_dims:
+                axis = t.same(axis, updates[own])
+            else:
+                t.pin(updates[own], f"'{node.name}' writes a part of an axis")
+                axis = pinned(t, axis, f"'{node.name}' writes a part of it")
+        axes.append(Free() if isinstance(axis, Free) else axis)
+    return [axes]
+
+
+_SIZES = changed(lambda node, operands, cut: {"slice_sizes": cut.shapes[0]})
+
+add("dynamic_slice", _dynamic_slice, _SIZES)
+add("dynamic_update_slice", _dynamic_update_slice)
+add("gather", _gather, changed(_gather_sizes))
+add("scatter scatter-add scatter-mul scatter-min scatter-max scatter-sub", _scatter)
