@@ -61,7 +61,7 @@ def shrunk(fn: Callable, params: Any, dropped: Dropped) -> Callable:
         traced = _graph.trace(fn, avals, *jax.tree.map(jax.typeof, args))
         labelling, inputs = label(traced, range(traced.num_params))
         gone = [
-            inputs[place].axes[axis].ids[indices]  # pyright: ignore[reportAttributeAccessIssue]
+            inputs[place][axis].ids[indices]  # pyright: ignore
             for place, path in enumerate(traced.paths[: traced.num_params])
             for axis, indices in dropped.get(path, {}).items()
         ]

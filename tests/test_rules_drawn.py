@@ -4,7 +4,6 @@ from math import prod
 from typing import Any
 
 import jax.numpy as jnp
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax

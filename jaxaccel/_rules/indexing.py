@@ -38,11 +38,11 @@ def _gather(t: Ties, node: Node, x: Axes, indices: Axes) -> Results:
     out: list[Axis | None] = [None] * len(node.outputs[0].shape)
     slots = iter(how.offset_dims)
     batch = dict(zip(how.operand_batching_dims, how.start_indices_batching_dims, strict=True))
-    rows = [t.same(axis, zero=False) for axis in indices.axes[:-1]]
+    rows = [t.same(axis, zero=False) for axis in indices.axes[:-1]]  # index 0 reads no zero
     for k, axis in enumerate(x):
         if k in batch:
             zero = axis.zero if isinstance(axis, Labels) else False
-            rows[batch[k]] = t.same(axis, rows[batch[k]], zero=zero)
+            rows[batch[k]] = t.same(axis, indices[batch[k]], zero=zero)
         elif k in how.collapsed_slice_dims:
             t.pin(axis, "'gather' picks indices of it")
         else:
