@@ -17,7 +17,7 @@ def test_code_runs(capsys):
 
 def test_tables_are_those_of_the_results():
     readme = (ROOT / "README.md").read_text()
-    for name in ("accelerator", "accuracy-cluttered", "depthwise"):
+    for name in ("accelerator", "accuracy-cluttered", "depthwise", "fold"):
         text = (ROOT / "experiments" / "results" / f"{name}.md").read_text()
         rows = [line for line in text.splitlines() if line.startswith("|")]
         assert rows
