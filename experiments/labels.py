@@ -86,7 +86,7 @@ def measured(name: str, fn: Callable, params: Any, shape: tuple[int, ...]) -> di
         "network": name,
         "equations": count(traced.graph),
         "parameters": groups.num_parameters,
-        "labels": len(labelling.parent),
+        "labels": len(labelling),
         "groups": len(groups),
         "trace": trace_seconds,
         "label": label_seconds,

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
+from jaxaccel._disjoint import Disjoint
 from jaxaccel._graph import Graph, Node
 
 # A reshape that mixes a labelled axis with others gets one label index per element of the result.
@@ -105,7 +106,7 @@ class Ties:
     whole: Final = OPAQUE
 
     def __init__(self) -> None:
-        self.parent: list[int] = []
+        self._sets = Disjoint()
         self.pinned: dict[int, str] = {}  # root -> reason
         self.unmasked: set[int] = set()  # parameters that must keep their values where masked
         self.node: Node | None = None
@@ -118,39 +119,29 @@ class Ties:
         """The results of a body of the node, for operands with these axes."""
         raise NotImplementedError
 
+    def __len__(self) -> int:
+        """The number of labels."""
+        return len(self._sets)
+
     def new(self, size: int) -> np.ndarray:
         """Fresh labels."""
-        start = len(self.parent)
-        self.parent.extend(range(start, start + size))
-        return np.arange(start, start + size)
+        return self._sets.new(size)
 
     def free(self) -> Free:
         """The axis of a result that none of its operands has."""
         return Free()
 
-    def find(self, label: int) -> int:
-        parent = self.parent
-        while parent[label] != label:
-            parent[label] = parent[parent[label]]
-            label = parent[label]
-        return label
-
     def roots(self, labels: np.ndarray) -> list[int]:
-        return [self.find(label) for label in np.ravel(labels).tolist()]
+        return self._sets.roots(labels).tolist()
 
     def tie(self, a: np.ndarray, b: np.ndarray) -> None:
         """Makes labels live and die together, index by index (arrays broadcast)."""
         if a is b:
             return
-        a, b = np.broadcast_arrays(a, b)
-        for i, j in zip(self.roots(a), self.roots(b), strict=True):
-            i, j = self.find(i), self.find(j)
-            if i == j:
-                continue
-            i, j = max(i, j), min(i, j)
-            self.parent[i] = j
-            if i in self.pinned:
-                self.pinned.setdefault(j, self.pinned.pop(i))
+        lost = self._sets.unite(*np.broadcast_arrays(a, b))
+        moved = [label for label in lost.tolist() if label in self.pinned] if self.pinned else []
+        for label, root in zip(moved, self.roots(np.array(moved, int)), strict=True):
+            self.pinned.setdefault(root, self.pinned.pop(label))
 
     def pin(self, axis: Axis, why: str, where: Any = slice(None)) -> None:
         """Keeps the labels of an axis (or those `where`) from ever being dropped."""

@@ -128,9 +128,11 @@ def groups(fn: Callable, params: Any, *example: Any) -> Groups:
 
     Every axis of every traced value gets one label per index; each operation ties the labels of
     its operands and results. Labels that end up tied are one channel: removing all its slices
-    equals setting them to zero. Whatever an operation without a rule touches is pinned, as is
-    what reaches an output, meets an axis of the input, or is reduced while masking would not
-    make it zero.
+    equals setting them to zero, in value and derivative (where a derivative at zero is infinite,
+    as that of a square root, only removing gives a finite gradient).
+
+    Whatever an operation without a rule touches is pinned, as is what reaches an output, meets an
+    axis of the input, or is reduced while masking would not make it zero.
 
     Args:
         fn: any JAX function whose first argument is a pytree of parameters.

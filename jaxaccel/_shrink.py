@@ -67,7 +67,11 @@ class Shrunk:
         made_axes = self.labelling.results[node]
         left = [[self.kept(axis) for axis in axes] for axes in made_axes]
         shapes = [self.shape(axes) for axes in made_axes]
-        results = list(rule_of(node.name).resize(node, operands, Cut(kept, left, shapes)))
+        try:
+            results = list(rule_of(node.name).resize(node, operands, Cut(kept, left, shapes)))
+        except Exception as error:
+            error.add_note(f"in the rule of {node.name!r}, at {node.source}, for {shapes}")
+            raise
         made = [jnp.shape(result) for result in results]
         if made != shapes:
             raise ValueError(

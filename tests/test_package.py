@@ -15,7 +15,7 @@ TOOLS = {"nn", "augment", "data", "train", "measure", "_forms"}
 TRANSFORMS = {"fold", "prune", "quantize", "distill"}
 # Each may import those before it.
 LAYERS = [
-    *("_graph", "_dataflow", "_axes", "_rules", "_labels", "_shrink", "_table"),
+    *("_graph", "_dataflow", "_disjoint", "_axes", "_rules", "_labels", "_shrink", "_table"),
     *("_groups", "_check_rule", "fold"),
 ]
 

@@ -134,6 +134,14 @@ def test_an_error_inside_a_rule_names_the_primitive():
     assert any("in the rule of 'sin' for [(4, 3)]" in note for note in caught.value.__notes__)
 
 
+def test_an_error_inside_a_resize_names_the_line():
+    replace("sin", keep, lambda node: [])
+    with pytest.raises(ValueError, match="it does not run") as caught:
+        jx.check_rule(lambda x: lax.sin(x), A)
+    (note,) = caught.value.__cause__.__notes__  # pyright: ignore[reportOptionalMemberAccess]
+    assert note.startswith("in the rule of 'sin', at tests/test_register_rule.py:")
+
+
 def test_a_report_is_printed_by_operand_and_axis():
     report = jx.check_rule(lambda x, i: x.max(0) * i, A, jnp.arange(3))
     lines = str(report).splitlines()

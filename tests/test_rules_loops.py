@@ -123,6 +123,24 @@ def times_sine(x: jax.Array, y: jax.Array) -> jax.Array:
 times_sine.defvjp(lambda x, y: (x * jnp.sin(y), (x, y)), lambda r, g: (g * r[1], g * r[0]))
 
 
+@jax.custom_jvp
+def reversing(x: jax.Array) -> jax.Array:
+    """Its derivative ties what it does not."""
+    return 2 * x
+
+
+reversing.defjvp(lambda x, t: (2 * x[0], 2 * t[0][..., ::-1]))
+
+
+@jax.custom_jvp
+def not_zero(x: jax.Array) -> jax.Array:
+    """Its derivative is not zero where it is: the sine of itself and more."""
+    return 2 * x
+
+
+not_zero.defjvp(lambda x, t: (2 * x[0], 2 * t[0] + jnp.cos(x[0]) * t[0].sum(-1, keepdims=True)))
+
+
 def gradient(fn: Callable) -> Callable:
     return lambda *xs: jax.grad(lambda xs: fn(*xs).sum())(xs)
 
@@ -172,6 +190,9 @@ CALLS = [
     case("gelu", total(jax.nn.gelu), [A], "free"),
     case("softplus", total(jax.nn.softplus), [(4,)], SUMS),
     case("silu, its gradient", gradient(jax.nn.silu), [A], "free"),
+    case("custom jvp that reverses", lambda x: reversing(x), [(4,)], "free", classes=2),
+    case("custom jvp that is not zero", total(not_zero), [(4,)], SUMS),
+    case("custom jvp, its gradient", gradient(lambda x: reversing(x) ** 2), [(4,)], "free"),
     case("custom vjp", total(times_sine), [A, A], "free", "free", classes=7),
     case("custom vjp, its gradient", gradient(times_sine), [A, A], "free", "free"),
     case(

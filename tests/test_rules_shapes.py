@@ -59,6 +59,14 @@ RESHAPES = [
         classes=3,
     ),
     case("there and back", lambda x: x.reshape(12).reshape(4, 3), [A], (FACTOR, "free"), classes=3),
+    case(
+        "there and back, with an input",
+        lambda x, i: (x * i[:, None]).reshape(-1).reshape(4, 3) * x,
+        [(3,), jnp.arange(4)],
+        "free",
+        "whole",
+        classes=3,
+    ),
 ]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jaxaccel._axes import OPAQUE, Axes, Axis, Labels, Ties
-from jaxaccel._graph import Node, is_float, loop, vjp_graph
+from jaxaccel._graph import Graph, Node, is_float, jvp_graph, loop, vjp_graph
 from jaxaccel._rules._table import Results, add
 
 
@@ -13,21 +13,42 @@ def _call(t: Ties, node: Node, *operands: Axes) -> Results:
     return [list(out) for out in t.inside(node.bodies[0], operands)]
 
 
+def _custom_jvp(t: Ties, node: Node, *operands: Axes) -> Results:
+    """Its rule is followed too: a tangent may mix what the function does not."""
+    made = _call(t, node, *operands)
+    if t.in_derivative:  # a rule may call its own function again
+        return made
+    active = [i for i, atom in enumerate(node.inputs) if is_float(atom)]
+    moved = _derivative(t, jvp_graph(node, active), [*operands, *(operands[i] for i in active)])
+    tangents = iter(moved[len(made) :])
+    return [
+        [_weaker(t, *axis) for axis in zip(axes, next(tangents), strict=True)]
+        if is_float(out)
+        else axes
+        for axes, out in zip(made, node.outputs, strict=True)
+    ]
+
+
 def _custom_vjp(t: Ties, node: Node, *operands: Axes) -> Results:
     """Its backward pass is followed too: it may mix what its forward pass does not."""
     made = t.inside(node.bodies[0], operands)
-    if t.in_derivative:  # the forward pass of a rule may call its function again
+    if t.in_derivative:
         return [list(out) for out in made]
     active = [i for i, atom in enumerate(node.inputs) if is_float(atom)]
     results = [i for i, out in enumerate(node.outputs) if is_float(out)]
     backward = vjp_graph(node, active, results)
-    t.in_derivative = True
-    moved = t.inside(backward, [*operands, *(cotangent(made[i]) for i in results)])
-    t.in_derivative = False
+    moved = _derivative(t, backward, [*operands, *(cotangent(made[i]) for i in results)])
     for i, axes in zip(active, moved, strict=True):
         for given, found in zip(operands[i], axes, strict=True):
             t.same(given, found)
     return [list(out) for out in made]
+
+
+def _derivative(t: Ties, graph: Graph, operands: Sequence[Axes]) -> Sequence[Axes]:
+    t.in_derivative = True
+    made = t.inside(graph, operands)
+    t.in_derivative = False
+    return made
 
 
 def cotangent(axes: Axes) -> Axes:
@@ -103,7 +124,8 @@ def _zeros(state: list[list[Axis]]) -> list[int]:
     return [int(axis.zero.sum()) for axes in state for axis in axes if isinstance(axis, Labels)]
 
 
-add("jit closed_call eval_jaxpr remat2 custom_jvp_call", _call)
+add("jit closed_call eval_jaxpr remat2", _call)
+add("custom_jvp_call", _custom_jvp)
 add("custom_vjp_call", _custom_vjp)
 add("cond", _cond)
 add("scan", _scan)
