@@ -13,6 +13,9 @@ from jaxaccel import _graph
 from jaxaccel._labels import label
 from jaxaccel._shrink import Shrunk
 
+# A network is compiled to be run once.
+QUICKLY = {"xla_backend_optimization_level": 0}
+
 # path -> axis -> indices that go
 Dropped = dict[str, dict[int, list[int]]]
 
@@ -46,9 +49,10 @@ def cut(params: Any, dropped: Dropped) -> Any:
 
 def masked(params: Any, dropped: Dropped, unmasked: tuple[str, ...] = ()) -> Any:
     def zeroed(leaf: Any, axes: dict[int, list[int]], path: str) -> Any:
+        zeros = np.array(leaf)
         for axis, indices in () if path in unmasked else axes.items():
-            leaf = leaf.at[(slice(None),) * axis + (np.array(indices),)].set(0)
-        return leaf
+            np.moveaxis(zeros, axis, 0)[indices] = 0
+        return jnp.asarray(zeros)
 
     return _each(params, dropped, zeroed)
 
@@ -90,7 +94,8 @@ def _value_and_gradient(fn: Callable, params: Any, x: Any) -> Any:
         out = fn(params, x)
         return sum(jnp.sum(jnp.sin(v)) for v in jax.tree.leaves(out)), out
 
-    (_, out), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True, allow_int=True))(params)
+    both = jax.value_and_grad(loss, has_aux=True, allow_int=True)
+    (_, out), gradient = jax.jit(both, compiler_options=QUICKLY)(params)
     return out, jax.tree.map(_no_float0, gradient)
 
 

@@ -16,6 +16,7 @@ from jaxaccel import _dataflow, _graph
 from tests.models import ZOO, Case
 from tests.networks import frameworks, sequence, vision
 from tests.networks.drawn import networks
+from tests.shrinking import QUICKLY
 
 CASES = [*ZOO, *vision.CASES, *sequence.CASES, *frameworks.CASES]
 
@@ -39,7 +40,8 @@ def same(a: Any, b: Any) -> None:
 def same_program(a: Any, b: Any, *args: Any) -> None:
     """Two functions trace to one program; where printing may differ, to the same bits."""
     if str(jax.make_jaxpr(a)(*args)) != str(jax.make_jaxpr(b)(*args)):
-        same(jax.jit(a)(*args), jax.jit(b)(*args))
+        first, second = (jax.jit(fn, compiler_options=QUICKLY) for fn in (a, b))
+        same(first(*args), second(*args))
 
 
 def value_and_gradient(fn, params: Any, x: jax.Array) -> tuple[Any, Any]:
