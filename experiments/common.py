@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxaccel
+from jaxaccel._graph import Graph
 
 NOT_MEASURED = "not measured"
 
@@ -58,6 +59,11 @@ def use_device(device: str, parser: Parser) -> None:
         jax.devices()
     except (RuntimeError, AssertionError):  # the second where no CUDA plugin is installed
         parser.exit(3, f"{parser.prog}: {NOT_MEASURED}: no {device} was found by JAX\n")
+
+
+def equations(graph: Graph) -> int:
+    """Those of a traced function, with those inside of calls."""
+    return sum(1 + sum(map(equations, node.bodies)) for node in graph.nodes)
 
 
 def make_folder(path: Path, parser: Parser) -> Path:

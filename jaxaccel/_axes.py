@@ -7,7 +7,7 @@ stays whole (an input's axis, a batch, a pixel); labels that meet it are pinned.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -64,12 +64,14 @@ class Axes:
         shape: its shape as traced.
         constant: the number that every element is, where that is known.
         sources: the parameters it is computed from, None where anything else has a part.
+        elements: its integers, where they are few and known (for gather's indices).
     """
 
     axes: tuple[Axis, ...]
     shape: tuple[Any, ...]
     constant: float | None = None
     sources: frozenset[int] | None = frozenset()
+    elements: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.axes)
@@ -84,7 +86,7 @@ class Axes:
         """A copy whose free axes can be cut for one use."""
         null = self.constant == 0
         axes = (Free(a.uniform, null) if isinstance(a, Free) else a for a in self.axes)
-        return Axes(tuple(axes), self.shape, self.constant, self.sources)
+        return replace(self, axes=tuple(axes))
 
 
 class Merge(NamedTuple):
@@ -220,7 +222,8 @@ class Ties:
         """
         axis = operand[k] if k < len(operand) else None
         if isinstance(axis, Labels) and where.any():
-            why = self.reason(f"'{self._name()}' of a value that masking makes zero")
+            why = f"'{self._name()}' of a value that masking makes zero; an epsilon would free it"
+            why = self.reason(why)
             self._singular.append((operand.sources or frozenset(), axis.ids[where], why))
 
     def _name(self) -> str:

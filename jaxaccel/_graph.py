@@ -104,10 +104,12 @@ def trace(fn: Callable, *args: Any) -> Trace:
     """The graph of ``fn(*args)`` without dead code; the leaves of `args` are arrays or avals.
 
     Raises:
-        TypeError: a leaf of `args` or of the result is no array, or `fn` closes over a value
-            that is being traced.
+        TypeError: a leaf of `args` or of the result is no array, the first of `args` or the result
+            has no leaves, or `fn` closes over a value that is being traced.
     """
     arguments = [leaf_paths(arg, "" if i == 0 else f"args[{i}]") for i, arg in enumerate(args)]
+    if not arguments[0]:
+        raise TypeError(f"params: {args[0]!r} has no arrays; fn takes its parameters first")
     avals = [
         jax.tree.unflatten(jax.tree.structure(arg), [_aval(p, v) for p, v in leaves.items()])
         for arg, leaves in zip(args, arguments, strict=True)
@@ -143,14 +145,18 @@ def _aval(path: str, leaf: Any) -> Any:
     try:
         return jax.typeof(leaf)
     except TypeError:
+        kind = f" of dtype {leaf.dtype}" if isinstance(leaf, np.ndarray) else ""
         raise TypeError(
-            f"{path or 'params'}: expected an array, got {type(leaf).__name__}; "
+            f"{path or 'params'}: expected an array, got {type(leaf).__name__}{kind}; "
             "fn takes pytrees of arrays (close over anything else)"
         ) from None
 
 
 def _checked(result: Any) -> Any:
-    for path, leaf in leaf_paths(result).items():
+    leaves = leaf_paths(result)
+    if not leaves:
+        raise TypeError(f"fn returns no arrays, but {result!r}; it may only return pytrees of them")
+    for path, leaf in leaves.items():
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
             where = f" at {path}" if path else ""
             raise TypeError(

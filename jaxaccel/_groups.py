@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from math import prod
 from typing import Any
 
@@ -73,6 +74,7 @@ class Groups(Sequence[Group]):
         pinned: what cannot go; axes of size 1 are not listed.
         unmasked: parameters that divide something: where a channel is masked instead of removed,
             they keep their values.
+        paths: of all parameters.
         num_parameters: elements of all parameters.
         num_prunable: those that lie in a slice of some group.
     """
@@ -80,6 +82,7 @@ class Groups(Sequence[Group]):
     groups: tuple[Group, ...]
     pinned: tuple[Pinned, ...]
     unmasked: tuple[str, ...]
+    paths: tuple[str, ...]
     num_parameters: int
     num_prunable: int
 
@@ -98,7 +101,14 @@ class Groups(Sequence[Group]):
         return self.num_prunable / max(self.num_parameters, 1)
 
     def why(self, path: str) -> str:
-        """Why the axes of a parameter are pinned, one line per reason; empty if none is."""
+        """Why the axes of a parameter are pinned, one line per reason; empty if none is.
+
+        Raises:
+            KeyError: there is no parameter at `path`.
+        """
+        if path not in self.paths:
+            near = get_close_matches(path, self.paths, cutoff=0)
+            raise KeyError(f"{path}: no such parameter; the nearest are {', '.join(near)}")
         return "\n".join(
             f"{p}: {p.count} indices: {p.reason}" for p in self.pinned if p.path == path
         )
@@ -113,6 +123,8 @@ class Groups(Sequence[Group]):
             f"{self.num_prunable:,} of {self.num_parameters:,} parameters ({self.share:.2%}) "
             "lie in a group"
         )
+        if self.unmasked:
+            parts.append(f"a mask leaves alone, for they divide: {', '.join(self.unmasked)}")
         parts += [f"pinned: {reason}\n  {_listed(pins)}" for reason, pins in reasons.items()]
         return "\n\n".join(parts)
 
@@ -128,8 +140,9 @@ def groups(fn: Callable, params: Any, *example: Any) -> Groups:
 
     Every axis of every traced value gets one label per index; each operation ties the labels of
     its operands and results. Labels that end up tied are one channel: removing all its slices
-    equals setting them to zero, in value and derivative (where a derivative at zero is infinite,
-    as that of a square root, only removing gives a finite gradient).
+    equals setting them to zero, in value and derivative. Parameters that divide something are not
+    set to zero (`Groups.unmasked`). Where a derivative at zero is infinite, as that of a square
+    root, only removing gives a finite gradient.
 
     Whatever an operation without a rule touches is pinned, as is what reaches an output, meets an
     axis of the input, or is reduced while masking would not make it zero.
@@ -138,7 +151,8 @@ def groups(fn: Callable, params: Any, *example: Any) -> Groups:
         fn: any JAX function whose first argument is a pytree of parameters.
         params: that pytree: arrays, or `jax.ShapeDtypeStruct`; no values are read.
         example: the other arguments, likewise. Their sizes do not matter to the groups, as long
-            as `fn` does the same with them.
+            as `fn` does the same with them. Close over what is static:
+            ``lambda params, x: fn(params, x, train=False)``.
 
     Returns:
         The groups, a sequence that prints as a table.
@@ -164,6 +178,7 @@ def groups(fn: Callable, params: Any, *example: Any) -> Groups:
         tuple(_groups(labelling, paths, axes)),
         tuple(_pins(labelling, paths, axes)),
         tuple(paths[place] for place in sorted(labelling.unmasked)),
+        tuple(paths),
         sum(sizes),
         sum(sizes) - sum(_pinned_elements(labelling, leaf) for leaf in axes),
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxaccel._axes import OPAQUE, Axes, Axis, Free, Labels, Ties
 from jaxaccel._graph import Atom, Graph, Literal, Node, Trace, Value, values_of
-from jaxaccel._rules import constant, rule_of
+from jaxaccel._rules import constant, few_integers, known_elements, rule_of
 
 
 class Labelling(Ties):
@@ -49,11 +49,17 @@ class Labelling(Ties):
             )
         known = [x.sources for x in used]
         whole = None if None in known else frozenset().union(*(s for s in known if s))
-        number = constant(node, used)
+        values = self._values(node, used)
         return [
-            Axes(tuple(map(self._lasting, axes)), shape, number, whole)
-            for axes, shape in zip(found, shapes, strict=True)
+            Axes(tuple(map(self._lasting, axes)), shape, number, whole, elements)
+            for axes, shape, (number, elements) in zip(found, shapes, values, strict=True)
         ]
+
+    def _values(self, node: Node, used: list[Axes]) -> list[Any]:
+        """Of each result what is known: the number that all elements are, and the elements."""
+        if len(node.bodies) == 1 and node.name not in ("scan", "while", "cond"):
+            return [(axes.constant, axes.elements) for axes in self.outputs[node.bodies[0]]]
+        return [(constant(node, used), known_elements(node, used))] * len(node.outputs)
 
     def _lasting(self, axis: Axis) -> Axis:
         """An axis of size 1 is whole from here on."""
@@ -72,7 +78,8 @@ def _constant_axes(value: Any) -> Axes:
     number = None
     if shape == () and isinstance(value, np.generic | np.ndarray | int | float | bool):
         number = float(value) if np.isrealobj(value) else None
-    return Axes(tuple(Free() for _ in shape), shape, number)
+    axes = tuple(Free() for _ in shape)
+    return Axes(axes, shape, number, elements=few_integers(value))
 
 
 def label(

@@ -241,6 +241,42 @@ def test_input_normalisation_goes_in_unless_there_is_padding():
     close(folded(new, X), scale(params, X), 1e-5)
 
 
+NOT_REACHED = {
+    "relu": lambda p, x: convolve(padded(jax.nn.relu(x)), p["kernel"]),
+    "one addition": lambda p, x: convolve(padded(x + 1), p["kernel"]),
+    "padded channels": lambda p, x: convolve(
+        lax.pad((x[..., :1] - 0.3) / 0.2, 0.0, [(0, 0, 0)] * 3 + [(0, 1, 0)]), p["kernel"]
+    ),
+    "another reader": lambda p, x: (convolve(y := padded((x - 0.3) / 0.2), p["kernel"]), y),
+    "tied": lambda p, x: (convolve(padded((x - 0.3) / 0.2), p["kernel"]), p["kernel"]),
+}
+
+
+def padded(x, pad=jnp.pad):
+    edges = ((0, 0), (1, 1), (1, 1)) + ((0, 0),) * (x.ndim - 3)
+    return jnp.pad(x, edges) if pad is jnp.pad else lax.pad(x, 0.0, [(*edge, 0) for edge in edges])
+
+
+def test_a_pad_that_keeps_a_chain_from_the_kernel_is_named():
+    params = norm_params()["conv"]
+    fn = lambda p, x: convolve(padded((x - 0.3) / 0.2, lax.pad), p["kernel"])
+    place = r"the pad at tests/test_fold.py:\d+ \(padded\) separates it from the chain before"
+    with pytest.warns(UserWarning, match=f"1 refused; kernel: padding: {place}"):
+        jx.fold.batchnorm(fn, params, X)
+    grey = lambda p, x: convolve(padded((x - 0.3) / 0.2)[..., None], p["kernel"])
+    thin = {"kernel": params["kernel"][:, :, :1]}
+    with pytest.warns(UserWarning, match="1 refused; kernel: padding: the pad separates it from"):
+        jx.fold.batchnorm(grey, thin, X[..., 0])
+
+
+@pytest.mark.parametrize("name", NOT_REACHED)
+def test_a_pad_that_keeps_nothing_from_the_kernel_is_not(name):
+    with pytest.warns(
+        UserWarning, match="nothing to fold; fn and params are returned as they are$"
+    ):
+        jx.fold.batchnorm(NOT_REACHED[name], norm_params()["conv"], X)
+
+
 def test_a_transposed_convolution_takes_what_follows_and_no_shift_before():
     params = norm_params()
 
@@ -263,11 +299,12 @@ def test_a_mean_is_not_folded_for_its_divisor_depends_on_the_size():
     )
 
 
-def test_a_constant_that_depends_on_the_shape_is_noticed():
-    fn = lambda p, x: (x @ p["w"]) / x.shape[0]
-    folded, new = jx.fold.batchnorm(fn, scaled(), jnp.ones((2, 3)))
-    with pytest.raises(ValueError, match="for these arguments fn has other chains, or other const"):
-        folded(new, jnp.ones((4, 3)))
+@pytest.mark.parametrize("name", EXPECTED)
+def test_any_batch_size_over_the_zoo(name):
+    fn, params, folded, new = built(name)
+    for size in (1, 3):
+        x = CASES[name].images(size)
+        assert jax.eval_shape(folded, new, x) == jax.eval_shape(fn, params, x)
 
 
 def test_a_chain_ends_where_the_channels_are_split():

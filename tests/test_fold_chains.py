@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import jaxaccel as jx
+from tests.networks.vision import normals
 from tests.test_fold import close, convolve, primitives, quietly, scaled
 
 NCHW = ("NCHW", "OIHW", "NCHW")
@@ -140,3 +141,118 @@ def test_refused_with_the_reason_and_returned_as_it_is(name):
         folded, new = jx.fold.batchnorm(fn, params, jnp.ones((2, 3)))
     assert folded is fn
     assert new is params
+
+
+# Coefficients that depend on the shape (2, 3, 3) or (3, 6, 3) of the data.
+BY_SHAPE = {
+    "literal": lambda p, x: (x @ p["w"]) / x.shape[0],
+    "exponent": lambda p, x: (x @ p["w"]) * p["s"] ** x.shape[0],
+    "exponent in a loop": lambda p, x: (
+        (x @ p["w"]) * lax.fori_loop(0, 1, lambda _, s: s ** x.shape[0], p["s"])
+    ),
+    "exponent of a time": lambda p, x: (x @ p["w"]) * (1 - jnp.exp(-p["s"])) ** x.shape[1],
+    "index": lambda p, x: (x @ p["w"]) * p["temp"][x.shape[0]] * p["s"][None],
+    "sum": lambda p, x: (x @ p["w"]) * jnp.broadcast_to(p["s"], (x.shape[0], 4)).sum(0),
+    "kernel": lambda p, x: (x @ (p["u"] if len(x) == 2 else p["u"].T)) * jnp.sqrt(p["s"][:3]),
+    "head": lambda p, x: heads(p, x) * 2 * (p["s"][:2] if len(x) == 2 else p["s"][:2, None]),
+    "outer": lambda p, x: (
+        heads(p, x)
+        * (p["s"][:2] * p["s"][2:, None] if len(x) == 2 else p["s"][:2, None] * p["s"][2:])
+    ),
+    "summed along": lambda p, x: (
+        heads(p, x)
+        * jnp.broadcast_to(p["s"][:2] if len(x) == 2 else p["s"][:2, None], (2, 2)).sum(0)
+    ),
+}
+
+
+def heads(p, x):
+    return jnp.einsum("bti,ihd->bthd", x, p["h"])
+
+
+@pytest.mark.parametrize("name", BY_SHAPE)
+def test_a_constant_that_depends_on_the_shape_is_noticed(name):
+    fn = BY_SHAPE[name]
+    shapes = {"w": (3, 4), "u": (3, 3), "h": (3, 2, 2)}
+    params = normals(shapes) | {"s": jnp.arange(1.0, 5.0) / 3, "temp": jnp.arange(1.0, 9.0)}
+    folded, new = jx.fold.batchnorm(fn, params, jnp.ones((2, 3, 3)))
+    close(folded(new, jnp.ones((2, 3, 3))), fn(params, jnp.ones((2, 3, 3))), 1e-5)
+    with pytest.raises(ValueError, match="for these arguments fn has other chains, or other const"):
+        folded(new, jnp.ones((3, 6, 3)))
+
+
+# Coefficients that do not, though they have the batch's shape or are computed in a loop.
+FREE = {
+    "stretched": lambda p, x: (
+        (x @ p["w"]) * lax.rsqrt(jnp.broadcast_to(p["c"] ** 2, (*x.shape[:-1], 4)))
+    ),
+    "turned": lambda p, x: (
+        (x @ p["w"]).T * jnp.broadcast_to(jnp.tanh(p["c"]), (*x.shape[:-1], 4)).T
+    ),
+    "custom rule": lambda p, x: (x @ p["w"]) * jax.nn.softplus(jax.nn.silu(p["c"])),
+    "new rule at each call": lambda p, x: (x @ p["w"]) * exponential(p["c"]),
+    "loop": lambda p, x: (x @ p["w"]) * lax.fori_loop(0, 3, lambda _, c: jnp.sin(c), p["c"]),
+    "vmap": lambda p, x: jax.vmap(lambda row: (row @ p["w"] - p["c"]) * jnp.exp(p["c"]))(x),
+    "product": lambda p, x: (x @ p["w"]) * (p["c"] @ jnp.ones((4, 4))),
+}
+
+
+def exponential(c):
+    rule = jax.custom_vjp(lambda c: jnp.exp(c))
+    rule.defvjp(lambda c: (jnp.exp(c), jnp.exp(c)), lambda e, t: (e * t,))
+    return rule(c)
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_any_batch_size_with_any_coefficient(name):
+    folded, new = jx.fold.batchnorm(FREE[name], scaled(), jnp.ones((2, 3)))
+    for size in (1, 2, 5):
+        x = jax.random.normal(jax.random.key(size), (size, 3))
+        close(folded(new, x), FREE[name](scaled(), x), 1e-5)
+
+
+def test_nothing_to_fold_and_nothing_refused():
+    fn = lambda p, x: jax.nn.relu(x @ p["w"] + p["c"]) @ p["w"].T
+    params = scaled()
+    plain = "nothing to fold; fn and params are returned as they are$"
+    with pytest.warns(UserWarning, match=plain):
+        folded, new = jx.fold.batchnorm(fn, params, jnp.ones((2, 3)))
+    assert folded is fn
+    assert new is params
+
+
+def test_a_reshape_in_another_order_ends_the_chain():
+    fn = lambda p, x: lax.reshape(x @ p["w"], (4, 4), (1, 0)) * jnp.sqrt(p["c"] ** 2)
+    with pytest.warns(UserWarning, match="nothing to fold"):
+        folded, new = jx.fold.batchnorm(fn, scaled(), jnp.ones((4, 3)))
+    close(folded(new, jnp.eye(4, 3)), fn(scaled(), jnp.eye(4, 3)), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "divided",
+    [
+        lambda p, y: y * lax.rsqrt(p["v"]),
+        lambda p, y: y / jnp.sqrt(p["v"])[None],
+        lambda p, y: y * (p["c"] / p["v"]),
+        lambda p, y: 2 * y / p["v"],
+        lambda p, y: y * p["v"] ** -2,
+        lambda p, y: y * p["v"] ** -0.7,
+    ],
+)
+def test_a_divisor_of_zero(divided):
+    fn = lambda p, x: divided(p, x @ p["w"])
+    params = scaled() | {"a": jnp.zeros(4), "v": jnp.array([1.0, 0, 0, 2])}
+    message = "^v: 2 of 4 values are zero, and it divides; it cannot be folded into w$"
+    with pytest.raises(ValueError, match=message):
+        jx.fold.batchnorm(
+            lambda p, x: fn(p, x) * lax.rsqrt(p["a"] + 1) + p["a"], params, jnp.ones((2, 3))
+        )
+
+
+def test_a_divisor_that_becomes_zero_and_what_is_not_finite_otherwise():
+    params = scaled() | {"v": jnp.ones(4)}
+    x = jnp.ones((2, 3))
+    with pytest.raises(ValueError, match=r"^v: a divisor computed from it is zero; it cannot be"):
+        jx.fold.batchnorm(lambda p, x: (x @ p["w"]) * lax.rsqrt(p["v"] - 1), params, x)
+    with pytest.raises(ValueError, match=r"^a coefficient is not finite; it cannot be folded into"):
+        jx.fold.batchnorm(lambda p, x: (x @ p["w"]) * jnp.exp(p["v"] * 100), params, x)

@@ -97,8 +97,8 @@ PINNED = {
     "'argmax' over it": (lambda p, x: jnp.argmax(x @ p["w"], 1), "w", 1),
     "sums over values that masking leaves": (lambda p, x: jnp.exp(x @ p["w"]).sum(1), "w", 1),
     "'cholesky' has no rule": (lambda p, x: jnp.linalg.cholesky(p["u"] @ p["u"].T), "u", 0),
-    "picks indices of it": (lambda p, x: p["w"][:, jnp.array([0, 1])].sum(), "w", 1),
-    "single indices of it": (lambda p, x: (x @ p["w"])[:, 0], "w", 1),
+    "picks indices of it": (lambda p, x: p["w"][:, x[:2, 0].astype(int)].sum(), "w", 1),
+    "a single index of it": (lambda p, x: (x @ p["w"])[:, 0], "w", 1),
 }
 
 
@@ -123,6 +123,7 @@ def test_a_divisor_keeps_its_values_where_masked():
     params = shapes(w=(3, 4), u=(4, 2), scale=(1, 4), deviation=(1, 4))
     groups = shrinking.check(fn, params, X)
     assert groups.unmasked == ("deviation",)
+    assert "a mask leaves alone, for they divide: deviation" in str(groups)
     assert [group.size for group in groups] == [4]
 
 
@@ -163,6 +164,61 @@ def test_a_custom_vjp_at_smaller_sizes():
 
     groups = shrinking.check(fn, shapes(w=(3, 6), s=(1, 6), u=(6, 2)), X)
     assert [group.size for group in groups] == [6]
+
+
+def test_a_cotangent_that_is_not_zero_reaches_a_broadcast():
+    @jax.custom_vjp
+    def straight(a, w):
+        return a * w
+
+    straight.defvjp(lambda a, w: (a * w, None), lambda _, g: (g, g))
+
+    def fn(p, x):
+        return straight(jnp.broadcast_to(p["a"], (5, 6)), x @ p["w"]).sum(-1)
+
+    groups = shrinking.check(fn, shapes(w=(3, 6), a=(1, 1)), X)
+    assert "'custom_vjp_call' sums over values" in groups.why("w")
+
+
+def half_split(q, cos, sin):
+    a, b = jnp.split(q, 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def interleaved_by_reshape(q, cos, sin):
+    a, b = jnp.moveaxis(q.reshape(*q.shape[:-1], -1, 2), -1, 0)
+    return jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(q.shape)
+
+
+def interleaved_by_steps(q, cos, sin):
+    a, b = q[..., ::2], q[..., 1::2]
+    return jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(q.shape)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("rotate", [half_split, interleaved_by_reshape, interleaved_by_steps])
+def test_rotary_embeddings_go_by_pairs(rotate, heads):
+    angles = jnp.outer(jnp.arange(5.0), jnp.array([1.0, 0.3, 0.1]))[:, None]
+
+    def fn(p, x):
+        q, k = ((x @ p[name]).reshape(5, heads, 6) for name in "qk")
+        q, k = (rotate(h, jnp.cos(angles), jnp.sin(angles)) for h in (q, k))
+        return jnp.einsum("shd,thd->hst", q, k)
+
+    groups = shrinking.check(fn, shapes(q=(3, heads * 6), k=(3, heads * 6)), X)
+    assert [(group.size, str(group)) for group in groups] == [
+        (3, f"k axis 1 ({2 * heads} each), q axis 1 ({2 * heads} each)")
+    ]
+
+
+def test_a_shuffle_by_index_and_a_haar_step():
+    def fn(p, x):
+        h = jax.nn.relu(x @ p["w"])[:, jnp.array([3, 1, 0, 2, 5, 4])]
+        return (h[:, ::2] - h[:, 1::2]) @ p["u"]
+
+    groups = shrinking.check(fn, shapes(w=(3, 6), u=(3, 2)), X)
+    assert [group.size for group in groups] == [3]
+    assert groups[0].slices[1].index.tolist() == [[1, 3], [0, 2], [4, 5]]
 
 
 def test_the_derivative_of_relu_at_zero_survives():
@@ -237,6 +293,14 @@ def test_bad_arguments():
         jx.groups(lambda p, x: x, {"w": "kernel"}, X)
     with pytest.raises(TypeError, match="fn returns a str at 1; it may only return"):
         jx.groups(lambda p, x: (x, "logits"), {"w": X}, X)
+    with pytest.raises(TypeError, match="w: expected an array, got ndarray of dtype object"):
+        jx.groups(lambda p, x: x, {"w": np.array([None])}, X)
+    with pytest.raises(TypeError, match=r"params: \{\} has no arrays"):
+        jx.groups(lambda p, x: x, {}, X)
+    with pytest.raises(TypeError, match="fn returns no arrays, but None"):
+        jx.groups(lambda p, x: None, {"w": X}, X)
+    with pytest.raises(KeyError, match="dense/kernl: no such parameter; the nearest are dense/k"):
+        jx.groups(lambda p, x: p["dense"]["kernel"], {"dense": {"kernel": X}}, X).why("dense/kernl")
     with pytest.raises(TypeError, match="fn closes over a traced value"):
         jax.jit(lambda s: jx.groups(lambda p, x: p["w"] * s, {"w": X}, X).share)(1.0)
 

@@ -102,7 +102,7 @@ def added(constant: Callable) -> Callable:
 ONES, ZEROS = np.ones((4, 2), "float32"), np.zeros((4, 2), "float32")
 PICKS, TAKES = "'gather' picks", "a dynamic slice takes"
 WRITES, ROWS = "writes at indices", "writes its rows"
-PART, SINGLE, PADS = "writes a part of", "takes single indices", "padding crops it"
+PART, SINGLE, PADS = "writes a part of", "takes a single index", "padding crops it"
 
 MOVES = [
     case("transpose", lambda x: x.transpose(2, 0, 1) * jnp.ones((4, 2, 3)), [B], "free", classes=9),
@@ -186,9 +186,12 @@ MOVES = [
         "slice with stride",
         lambda x: lax.slice(x, (1, 0), (6, 3), (2, 1)),
         [(6, 3)],
-        (SINGLE, "free"),
-        classes=3 + 1,
+        "free",
+        classes=6 + 3,
     ),
+    case("slice even and odd", lambda x: x[::2] * x[1::2], [(6, 3)], "free", classes=3 + 3),
+    case("slice in thirds", lambda x: x[::3] + x[1::3] * x[2::3], [(12, 3)], "free", classes=4 + 3),
+    case("slice one with stride", lambda x: x[1::3], [A], (SINGLE, "free"), classes=3 + 3),
     case("slice one", lambda x: x[2:3], [A], (SINGLE, "free"), classes=3 + 3),
     case(
         "slice a constant",
@@ -210,7 +213,21 @@ MOVES = [
     case("pad by less than nothing", padded(0, (-1, 0, 0), (0, 1, 0)), [A], (PADS, "free")),
     case("pad with a parameter", lambda x, y: lax.pad(x, y, [(1, 1, 0)]), [(4,), ()], "free", ()),
     case("pad ones", added(lambda: jnp.pad(jnp.ones(2), 1)), [(4,)], "free"),
-    case("take", lambda x: jnp.take(x, jnp.array([0, 2, 2]), axis=1), [A], ("free", PICKS)),
+    case("take", lambda x: jnp.take(x, jnp.array([0, 2, 2]), axis=1), [A], "free", classes=4 + 3),
+    case("permute", lambda x: x[:, np.array([2, 0, 1])] + x, [A], "free", classes=4 + 1),
+    case("permute pairs", lambda x: x[jnp.array([1, 0, 3, 2])] * x, [A], "free", classes=2 + 3),
+    case("take from the end", lambda x: x[jnp.array([-1, 0])], [A], "free", classes=4 + 3),
+    case("take computed", lambda x: x[2 * jnp.array([0, 1]) + 1], [A], "free", classes=4 + 3),
+    case("take and sum", lambda x: x[jnp.array([1, 1, 3])].sum(0), [A], "free", classes=4 + 3),
+    case("take outside", at(0, 9, mode="clip"), [A], (PICKS, "free")),
+    case(
+        "take both",
+        lambda x, y: x[:, jnp.array([2, 1, 0])] @ y[jnp.array([1, 0, 2])],
+        [A, (3, 2)],
+        "free",
+        "free",
+        classes=4 + 3 + 2,
+    ),
     case(
         "take by an input",
         lambda x, i: x[i],

@@ -53,10 +53,6 @@ def rule_of(name: str) -> Rule:
     return _RULES.get(name, _UNKNOWN)
 
 
-def has_rule(name: str) -> bool:
-    return name in _RULES
-
-
 def register_rule(
     primitive: Primitive | str, tie: Tie, resize: Resize | None = None, *, replace: bool = False
 ) -> None:

@@ -1,8 +1,9 @@
 """Primitives that read or write at indices: gather, scatter and the dynamic slices."""
 
 from collections.abc import Sequence
-from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jaxaccel._axes import Axes, Axis, Free, Labels, Ties
@@ -32,17 +33,30 @@ def _dynamic_update_slice(t: Ties, node: Node, x: Axes, part: Axes, *starts: Axe
     return [axes]
 
 
+def _picked(node: Node, indices: Axes) -> tuple[int, np.ndarray] | None:
+    """The one axis that a gather takes known indices of, and these."""
+    how = node.params["dimension_numbers"]
+    if indices.elements is None or len(how.start_index_map) != 1 or len(indices) != 2:
+        return None
+    (axis,), picks = how.start_index_map, indices.elements[:, 0]
+    inside = (picks >= 0) & (picks < shape_of(node.inputs[0])[axis])
+    return (axis, picks) if axis in how.collapsed_slice_dims and inside.all() else None
+
+
 def _gather(t: Ties, node: Node, x: Axes, indices: Axes) -> Results:
     how, sizes = node.params["dimension_numbers"], node.params["slice_sizes"]
     t.pin(indices[-1], "indexes with it")
     out: list[Axis | None] = [None] * len(node.outputs[0].shape)
     slots = iter(how.offset_dims)
     batch = dict(zip(how.operand_batching_dims, how.start_indices_batching_dims, strict=True))
-    rows = [t.same(axis, zero=False) for axis in indices.axes[:-1]]  # index 0 reads no zero
+    rows: list[Axis] = [t.same(axis, zero=False) for axis in indices.axes[:-1]]  # 0 reads no zero
+    picked = _picked(node, indices)
     for k, axis in enumerate(x):
         if k in batch:
             zero = axis.zero if isinstance(axis, Labels) else False
             rows[batch[k]] = t.same(axis, indices[batch[k]], zero=zero)
+        elif picked and picked[0] == k and isinstance(axis, Labels):
+            rows = [axis[picked[1]]]
         elif k in how.collapsed_slice_dims:
             t.pin(axis, "'gather' picks indices of it")
         else:
@@ -56,10 +70,18 @@ def _gather(t: Ties, node: Node, x: Axes, indices: Axes) -> Results:
     ]
 
 
-def _gather_sizes(node: Node, operands: Sequence[Array], cut: Cut) -> dict[str, Any]:
-    full = shape_of(node.inputs[0])
-    sizes = zip(node.params["slice_sizes"], full, operands[0].shape, strict=True)
-    return {"slice_sizes": tuple(left if n == all_of_it else n for n, all_of_it, left in sizes)}
+def _resized_gather(node: Node, operands: Sequence[Array], cut: Cut) -> Sequence[Array]:
+    x, indices = operands
+    how, full = node.params["dimension_numbers"], shape_of(node.inputs[0])
+    sizes = zip(node.params["slice_sizes"], full, x.shape, strict=True)
+    sizes = tuple(left if n == all_of_it else n for n, all_of_it, left in sizes)
+    kept = cut.operands[0][how.start_index_map[0]] if len(how.start_index_map) == 1 else None
+    if kept is not None:  # of an axis whose indices were known: they count what is left
+        (row,) = (k for k in range(len(cut.results[0])) if k not in how.offset_dims)
+        rows = cut.results[0][row]
+        indices = indices if rows is None else indices[rows]
+        indices = jnp.searchsorted(kept, indices).astype(indices.dtype)
+    return node.run([x, indices], slice_sizes=sizes)
 
 
 def _scatter(t: Ties, node: Node, x: Axes, indices: Axes, updates: Axes) -> Results:
@@ -97,5 +119,5 @@ _SIZES = changed(lambda node, operands, cut: {"slice_sizes": cut.shapes[0]})
 
 add("dynamic_slice", _dynamic_slice, _SIZES)
 add("dynamic_update_slice", _dynamic_update_slice)
-add("gather", _gather, changed(_gather_sizes))
+add("gather", _gather, _resized_gather)
 add("scatter scatter-add scatter-mul scatter-min scatter-max scatter-sub", _scatter)

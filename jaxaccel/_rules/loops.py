@@ -40,6 +40,8 @@ def _custom_vjp(t: Ties, node: Node, *operands: Axes) -> Results:
     moved = _derivative(t, backward, [*operands, *(cotangent(made[i]) for i in results)])
     for i, axes in zip(active, moved, strict=True):
         for given, found in zip(operands[i], axes, strict=True):
+            if not isinstance(given, Labels) and operands[i].sources != frozenset():
+                t.total(found)  # the gradient of what was broadcast sums over it
             t.same(given, found)
     return [list(out) for out in made]
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -45,14 +46,14 @@ def _reshape(t: Ties, node: Node, x: Axes, *_: Axes) -> Results:
         return [out]
     order = node.params.get("dimensions") or range(len(x))
     axes, sizes = [x[k] for k in order], [x.shape[k] for k in order]
-    for ins, outs in _blocks(sizes, shape):
+    for ins, outs in blocks(sizes, shape):
         merged = t.merge([axes[k] for k in ins], [sizes[k] for k in ins])
         for k, axis in zip(outs, t.split(merged, [shape[k] for k in outs]), strict=True):
             out[k] = axis
     return [out]
 
 
-def _blocks(before: Sequence[Any], after: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
+def blocks(before: Sequence[Any], after: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
     """Consecutive axes of the one shape that hold the same elements as axes of the other."""
     left = [k for k, n in enumerate(before) if n != 1]
     right = [k for k, n in enumerate(after) if n != 1]
@@ -103,7 +104,8 @@ def _joined(parts: Sequence[Labels]) -> Labels:
 
 def _stack(t: Ties, node: Node, *operands: Axes) -> Results:
     axes = [t.same(*(x[k] for x in operands)) for k in range(len(operands[0]))]
-    axes.insert(node.params["axis"], Free())
+    free = all(isinstance(axis, Free) for x in operands for axis in x)
+    axes.insert(node.params["axis"], Free() if free else OPAQUE)
     return [axes]
 
 
@@ -146,22 +148,29 @@ def _slice(t: Ties, node: Node, x: Axes) -> Results:
     axes = []
     for axis, start, end, step in zip(x, first, last, steps, strict=True):
         if isinstance(axis, Labels):
-            if step != 1 or end - start == 1:
-                t.pin(axis, "a slice takes single indices of it", slice(start, end))
-                axis = OPAQUE
-            else:
-                axis = axis[start:end]
+            if end - start <= step:
+                t.pin(axis, "a slice takes a single index of it", slice(start, end, step))
+            axis = axis[start:end:step]
         axes.append(axis)
     return [axes]
 
 
 def _resized_slice(node: Node, operands: Sequence[Array], cut: Cut) -> Sequence[Array]:
+    """Of an axis with steps, what is left need not lie at equal steps: it is taken first."""
+    (x,) = operands
     first, last = list(node.params["start_indices"]), list(node.params["limit_indices"])
+    steps = list(node.params["strides"] or [1] * len(first))
     for k, kept in enumerate(cut.operands[0]):
-        if kept is not None:
-            first[k] = int(np.searchsorted(kept, first[k]))
-            last[k] = int(np.searchsorted(kept, last[k]))
-    return node.run(operands, start_indices=tuple(first), limit_indices=tuple(last))
+        if kept is None:
+            continue
+        if steps[k] == 1:
+            first[k], last[k] = np.searchsorted(kept, [first[k], last[k]]).tolist()
+        else:
+            taken = np.isin(kept, np.arange(first[k], last[k], steps[k]))
+            x = jnp.take(x, np.flatnonzero(taken), axis=k, unique_indices=True, mode="clip")
+            first[k], last[k], steps[k] = 0, int(taken.sum()), 1
+    places = {"start_indices": tuple(first), "limit_indices": tuple(last)}
+    return node.run([x], **places, strides=tuple(steps))
 
 
 def _pad(t: Ties, node: Node, x: Axes, value: Axes) -> Results:

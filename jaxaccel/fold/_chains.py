@@ -151,6 +151,23 @@ def leading(
     raise AssertionError("an empty chain varies along no axis")
 
 
+def behind_pad(
+    view: View, start: Value, nodes: Sequence[Node], places: Sequence[int], taken: Collection[Node]
+) -> Steps:
+    """The chain that could end in `nodes`, were `start` not made by a pad of other axes."""
+    pad = view.makers.get(start)
+    if pad is None or pad.name != "pad" or view.only_reader(start) is None:
+        return ()
+    unpadded = pad.inputs[0]
+    if not isinstance(unpadded, Value):
+        return ()
+    first, before, _ = backward(view, unpadded, taken)
+    steps, order = leading(view, first, [*before, pad, *nodes], places)
+    sizes = (nodes[-1].outputs[0] if nodes else start).shape
+    whole = all(x is not None or sizes[place] == 1 for x, place in zip(order, places, strict=True))
+    return steps if whole and any(s.node in before for s in steps) else ()
+
+
 def computed(view: View, atom: Atom | None) -> bool:
     """Whether `atom` is computed from parameters, not one of them as it is."""
     return isinstance(atom, Value) and view.origin(atom) is None and bool(view.sources([atom]))

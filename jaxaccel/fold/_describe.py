@@ -1,13 +1,14 @@
-"""Matches in words: the report, what identifies them, and what is wrong with their numbers."""
+"""Matches in words: the report, and what is wrong with their numbers."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from hashlib import sha256
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from jaxtyping import Array
 
-from jaxaccel._graph import Atom, Literal, Value
+from jaxaccel._dataflow import evaluate
+from jaxaccel._graph import Atom, Literal, Node, Value
 from jaxaccel.fold._chains import Steps
 from jaxaccel.fold._match import Matches
 from jaxaccel.fold._report import Folded, Merged, Report
@@ -45,38 +46,6 @@ def _leaves(v: View, steps: Steps) -> tuple[str, ...]:
     return tuple(joined(v.leaves[leaf]) for leaf in v.sources(s.other for s in steps))
 
 
-def signature(v: View, matches: Matches) -> str:
-    """Equal for two traces whose chains go to the same places and have the same constants."""
-    known: dict[Atom, str] = {}
-    chains = [f.steps for f in matches.folds] + [m.steps for m in matches.merges]
-    parts = [
-        (end.scale, end.bias, [(s.node.name, s.left, _digest(v, s.other, known)) for s in steps])
-        for end, steps in zip(ends(v, matches), chains, strict=True)
-    ]
-    kernels = [v.leaves[f.leaf] for f in matches.folds]
-    return sha256(repr((kernels, parts)).encode()).hexdigest()
-
-
-def _digest(v: View, atom: Atom | None, known: dict[Atom, str]) -> str:
-    """Of how a coefficient is computed, down to its constants."""
-    if not isinstance(atom, Value):
-        return repr(np.asarray(atom.val).tolist()) if isinstance(atom, Literal) else ""
-    if atom not in known:
-        if atom in v.leaves:
-            parts: Any = v.leaves[atom]
-        elif atom in v.graph.constants:
-            parts = np.asarray(v.graph.constants[atom]).tobytes()
-        else:
-            node = v.makers[atom]
-            operands = [_digest(v, x, known) for x in node.inputs]
-            # A batch of one is not broadcast to.
-            if node.name in ("broadcast_in_dim", "reshape", "squeeze"):
-                return operands[0]
-            parts = (node.name, node.outputs.index(atom), operands)
-        known[atom] = sha256(repr(parts).encode()).hexdigest()
-    return known[atom]
-
-
 def check_finite(
     v: View, matches: Matches, values: Mapping[Value, Any], scales: Sequence[Sequence[Array]]
 ) -> None:
@@ -87,7 +56,8 @@ def check_finite(
     ]
     for (where, steps), numbers in zip(chains, scales, strict=True):
         if not all(np.isfinite(np.asarray(x)).all() for x in numbers):
-            culprit = next(_culprits(v, steps, values), "a coefficient is not finite")
+            culprits = chain(_culprits(v, steps, values), _zero_divisors(v, steps, values))
+            culprit = next(culprits, "a coefficient is not finite")
             raise ValueError(f"{culprit}; it cannot be folded into {where}")
 
 
@@ -102,15 +72,44 @@ def _culprits(v: View, steps: Steps, values: Mapping[Value, Any]) -> Iterator[st
             yield f"{joined(v.leaves[leaf])}: {bad.sum()} of {x.size} values are {what}"
 
 
+def _zero_divisors(v: View, steps: Steps, values: Mapping[Value, Any]) -> Iterator[str]:
+    """The leaves from which a divisor that is zero somewhere is computed."""
+    divisors = [s.other for s in steps if s.node.name == "div"]
+    divisors += [x for node in _makers(v, steps) for x in _divides(node)]
+    wanted = [x for x in divisors if isinstance(x, Value)]
+    for divisor, x in zip(wanted, evaluate(v.graph, values, wanted), strict=True):
+        for leaf in v.sources([divisor]) if not np.asarray(x).all() else ():
+            zeros = np.asarray(values[leaf]) == 0
+            if zeros.any():
+                count = f"{zeros.sum()} of {zeros.size} values are zero"
+                yield f"{joined(v.leaves[leaf])}: {count}, and it divides"
+            else:
+                yield f"{joined(v.leaves[leaf])}: a divisor computed from it is zero"
+
+
+def _divides(node: Node) -> Sequence[Atom]:
+    """The operands of which the node takes a reciprocal."""
+    if node.name == "div":
+        return node.inputs[1:]
+    power = node.params.get("y", 0) if node.name == "integer_pow" else 0
+    if node.name == "pow" and isinstance(node.inputs[1], Literal):
+        power = node.inputs[1].val
+    return node.inputs[:1] if node.name == "rsqrt" or power < 0 else ()
+
+
 def _rooted(v: View, steps: Steps) -> set[Value]:
-    seen: set[Value] = set()
+    roots = [x for node in _makers(v, steps) if node.name in _ROOTS for x in node.inputs[:1]]
+    return set(v.sources(roots))
+
+
+def _makers(v: View, steps: Steps) -> list[Node]:
+    """The nodes that compute the coefficients."""
+    found: dict[Node, None] = {}
     todo = [s.other for s in steps]
-    roots: list[Atom] = []
     while todo:
         value = todo.pop()
         maker = v.makers.get(value) if isinstance(value, Value) else None
-        if maker is not None and value not in seen:
-            seen.update(maker.outputs)
+        if maker is not None and maker not in found:
+            found[maker] = None
             todo += maker.inputs
-            roots += maker.inputs[:1] if maker.name in _ROOTS else []
-    return set(v.sources(roots))
+    return list(found)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jaxaccel._graph import Atom, Graph, Node, Value, loop, shape_of
-from jaxaccel.fold._chains import Steps, backward, forward, gains, leading, step, varies
+from jaxaccel.fold._chains import Steps, backward, behind_pad, forward, gains, leading, step, varies
 from jaxaccel.fold._contractions import Contraction, contraction
 from jaxaccel.fold._report import Refused
 from jaxaccel.fold._view import Keys, Labels, View, beside, floating, moved, moves, view
@@ -148,6 +148,10 @@ def _fold(
     before, order = leading(v, start, nodes, c.places)
     if cut:
         _refuse(v, found, c, "what it reads has another reader")
+    hidden = behind_pad(v, start, nodes, c.places, taken) + after
+    if len(hidden) > len(after) and gains(v, hidden) and not _unfit(v, c, hidden):
+        place = f" at {source}" if (source := v.makers[start].source) else ""
+        _refuse(v, found, c, f"padding: the pad{place} separates it from the chain before")
     if c.padded and any(s.shifts for s in before):
         _refuse(v, found, c, "padding: what is added before it is not added to the zeros")
         before = ()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxaccel._graph import Trace, Value, run, trace
-from jaxaccel.fold import _describe
+from jaxaccel.fold import _describe, _signature
 from jaxaccel.fold._coefficients import new_leaves
 from jaxaccel.fold._match import Matches, match
 from jaxaccel.fold._report import Report
@@ -71,7 +71,7 @@ def batchnorm(fn: Callable, params: PyTree, *example: Any) -> tuple[Any, PyTree]
     stored = _stored(v, matches, values)
     _, kept = rewrite(v, matches, stored)
     new = {keys: stored[keys] if keys in stored else leaves[keys] for keys in kept}
-    return Folded(fn, params, new, _describe.signature(v, matches), report), nested(new)
+    return Folded(fn, params, new, _signature.signature(v, matches), report), nested(new)
 
 
 class Folded:
@@ -99,7 +99,7 @@ class Folded:
             self._fn, jax.tree.unflatten(self._tree, avals.values()), args, list(avals)
         )
         matches = match(v)
-        if _describe.signature(v, matches) != self._signature:
+        if _signature.signature(v, matches) != self._signature:
             raise ValueError(
                 f"{self!r}: for these arguments fn has other chains, or other constants in them, "
                 "than for the example: they depend on shapes; fold with an example of these shapes"

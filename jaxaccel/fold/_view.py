@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxaccel._dataflow import flatten, known, needed
 from jaxaccel._graph import Atom, Graph, Node, Value, shape_of
+from jaxaccel._rules.shapes import blocks
 
 Keys: TypeAlias = tuple[str, ...]
 # For every axis of a value what it stands for; None: nothing that is followed.
@@ -128,19 +129,27 @@ def _varying(graph: Graph, values: set[Value]) -> dict[Value, frozenset[int]]:
 
 def _varies(node: Node, operands: list[frozenset[int]], wide: frozenset[int]) -> frozenset[int]:
     """The axes along which the result may vary, given those of its operands."""
-    if node.name in _ELEMENTWISE:
+    if elementwise(node):
         return frozenset().union(*operands) & wide
-    if node.name not in _MOVES:
-        return wide
-    axes = tuple(i if i in operands[0] else None for i in range(len(shape_of(node.inputs[0]))))
-    kept = moved(node, axes)
-    if {axis for axis in kept if axis is not None} != operands[0]:
-        return wide
+    places = aligned(node, operands[0]) if node.name in _MOVES else None
+    return wide if places is None else places
+
+
+def elementwise(node: Node) -> bool:
+    return node.name in _ELEMENTWISE
+
+
+def aligned(node: Node, axes: frozenset[int]) -> frozenset[int] | None:
+    """Where a node of `_MOVES` puts these axes; None if it merges or splits one of them."""
+    labels = tuple(i if i in axes else None for i in range(len(shape_of(node.inputs[0]))))
+    kept = moved(node, labels)
+    if {axis for axis in kept if axis is not None} != axes:
+        return None
     return frozenset(i for i, axis in enumerate(kept) if axis is not None)
 
 
 def moved(node: Node, labels: Labels) -> Labels:
-    """Where the labels of the operand's axes stand in the result of a node of `_MOVES`."""
+    """Where the labels of the operand's axes stand in the result of a pad or one of `_MOVES`."""
     old, new = shape_of(node.inputs[0]), node.outputs[0].shape
     if node.name == "transpose":
         return tuple(labels[i] for i in node.params["permutation"])
@@ -149,26 +158,20 @@ def moved(node: Node, labels: Labels) -> Labels:
     if node.name == "broadcast_in_dim":
         places = dict(zip(map(int, node.params["broadcast_dimensions"]), labels, strict=True))
         return tuple(places.get(i) for i in range(len(new)))
-    return _reshaped(old, new, labels) if node.name == "reshape" else labels
+    if node.name == "pad":
+        edges = node.params["padding_config"]
+        return tuple(x if not any(edge) else None for x, edge in zip(labels, edges, strict=True))
+    if node.name != "reshape":
+        return labels
+    return (None,) * len(new) if node.params["dimensions"] else _reshaped(old, new, labels)
 
 
 def _reshaped(old: Sequence[Any], new: Sequence[Any], labels: Labels) -> Labels:
     """The labels of the axes that a reshape neither merges nor splits."""
     found: list[int | None] = [None] * len(new)
-    before = [i for i, size in enumerate(old) if size != 1]
-    after = [i for i, size in enumerate(new) if size != 1]
-    while before and after:
-        lefts, rights = [before.pop(0)], [after.pop(0)]
-        left, right = old[lefts[0]], new[rights[0]]
-        while left != right and (before or after):
-            if (left < right and before) or not after:
-                lefts.append(before.pop(0))
-                left *= old[lefts[-1]]
-            else:
-                rights.append(after.pop(0))
-                right *= new[rights[-1]]
-        if len(lefts) == len(rights) == 1 and left == right:
-            found[rights[0]] = labels[lefts[0]]
+    for ins, outs in blocks(old, new):
+        if len(ins) == len(outs) == 1:
+            found[outs[0]] = labels[ins[0]]
     return tuple(found)
 
 
