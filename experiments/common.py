@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 import jaxaccel
 from jaxaccel._graph import Graph
+from jaxaccel.measure import table
 
 NOT_MEASURED = "not measured"
 
@@ -109,3 +111,20 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     partial.replace(path)
+
+
+def publish(
+    stem: Path,
+    columns: Sequence[str],
+    lines: Sequence[Sequence[object]],
+    results: dict[str, Any],
+    head: str | None = None,
+    note: str = "",
+) -> None:
+    """Prints a table; writes it to ``stem.md`` and the results to ``stem.json``."""
+    page = lambda style: "\n\n".join(
+        filter(None, (head or machine_line(), table(columns, lines, style), note))
+    )
+    print(f"\n{page('text')}")
+    stem.with_suffix(".md").write_text(page("markdown") + "\n")
+    write_json(stem.with_suffix(".json"), results)

@@ -85,10 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         for row in rows
     ]
-    print(f"{common.machine_line()}\n\n{jx.measure.table(COLUMNS, lines)}")
-    text = f"{common.machine_line()}\n\n{jx.measure.table(COLUMNS, lines, 'markdown')}\n"
-    (folder / "depthwise.md").write_text(text)
-    common.write_json(folder / "depthwise.json", {"rows": rows})
+    common.publish(folder / "depthwise", COLUMNS, lines, {"rows": rows})
 
 
 if __name__ == "__main__":

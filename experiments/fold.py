@@ -101,10 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         for row in rows
     ]
-    print(f"{common.machine_line()}\n\n{jx.measure.table(COLUMNS, lines)}")
-    text = f"{common.machine_line()}\n\n{jx.measure.table(COLUMNS, lines, 'markdown')}\n"
-    (folder / "fold.md").write_text(text)
-    common.write_json(folder / "fold.json", {"rows": rows})
+    common.publish(folder / "fold", COLUMNS, lines, {"rows": rows})
 
 
 if __name__ == "__main__":

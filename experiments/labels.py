@@ -125,11 +125,9 @@ def main(argv: list[str] | None = None) -> None:
         + [f"{row['trace']:.3f}", f"{row['label']:.3f}"]
         for row in [*rows, *chains]
     ]
-    print(f"{common.machine_line()}\n\n{jx.measure.table(COLUMNS, lines)}")
-    print(f"\nlabelling grows as equations^{slope:.2f}")
-    text = f"{common.machine_line()}\n\n{jx.measure.table(COLUMNS, lines, 'markdown')}\n"
-    (folder / "labels.md").write_text(f"{text}\nLabelling grows as equations^{slope:.2f}.\n")
-    common.write_json(folder / "labels.json", {"rows": [*rows, *chains], "slope": slope})
+    results = {"rows": [*rows, *chains], "slope": slope}
+    note = f"Labelling grows as equations^{slope:.2f}."
+    common.publish(folder / "labels", COLUMNS, lines, results, note=note)
     plot(chains, slope, folder / "labels.png")
 
 

@@ -141,10 +141,8 @@ def main(argv: list[str] | None = None) -> None:
         f"out; {(time.perf_counter() - start) / 60:.0f} min; {common.machine_line()}"
     )
     lines = [line(found) for found in rows]
-    print(f"\n{head}\n\n{jx.measure.table(COLUMNS, lines)}")
-    text = f"{head}\n\n{jx.measure.table(COLUMNS, lines, 'markdown')}\n"
-    (folder / "optimizers.md").write_text(text)
-    common.write_json(folder / "optimizers.json", {"about": head, "rows": rows})
+    results = {"about": head, "rows": rows}
+    common.publish(folder / "optimizers", COLUMNS, lines, results, head)
     plot(
         folder / "optimizers.png",
         rows,

@@ -6,6 +6,7 @@ iota, a constant, a broadcast); it is computed whole, and cut where it meets lab
 stays whole (an input's axis, a batch, a pixel); labels that meet it are pinned.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -98,7 +99,7 @@ class Merge(NamedTuple):
     reason: str
 
 
-class Ties:
+class Ties(ABC):
     """Labels in a union-find, the pinned classes with their reasons, and open choices.
 
     A rule's ``tie(ties, node, *operands)`` calls these methods and returns, for each output of
@@ -117,9 +118,9 @@ class Ties:
         self._open: set[int] = set()
         self._singular: list[tuple[frozenset[int], np.ndarray, str]] = []
 
+    @abstractmethod
     def inside(self, body: Graph, operands: Sequence[Axes]) -> list[Axes]:
         """The results of a body of the node, for operands with these axes."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         """The number of labels."""

@@ -1,6 +1,7 @@
 """What depends on what in a graph: dead code, constants, and the bodies of calls inlined."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -58,6 +59,5 @@ def _inline(
             results = _inline(node.bodies[0], operands, nodes, constants)
             renamed.update(zip(node.outputs, results, strict=True))
         else:
-            place = (operands, node.outputs, node.run, node.bodies, node.info, node.effects)
-            nodes.append(Node(node.name, node.params, *place))
+            nodes.append(replace(node, inputs=operands))
     return [rename(atom) for atom in graph.outputs]

@@ -340,15 +340,8 @@ def jvp_graph(node: Node, active: Sequence[int]) -> Graph:
     """The graph of ``(*operands, *tangents of the active operands) -> (*outputs, *tangents)``."""
 
     def jvp(*args: Any) -> Any:
-        operands, tangents = list(args[: len(node.inputs)]), args[len(node.inputs) :]
-
-        def of_active(*values: Any) -> Any:
-            full = list(operands)
-            for place, value in zip(active, values, strict=True):
-                full[place] = value
-            return tuple(node.run(full))
-
-        outputs, moved = jax.jvp(of_active, tuple(operands[i] for i in active), tangents)
+        called, primals = _of_active(node, args[: len(node.inputs)], active)
+        outputs, moved = jax.jvp(called, primals, args[len(node.inputs) :])
         return *outputs, *(t for t in moved if t.dtype != jax.dtypes.float0)
 
     avals = [atom.aval for atom in node.inputs]
@@ -359,17 +352,24 @@ def vjp_graph(node: Node, active: Sequence[int], results: Sequence[int]) -> Grap
     """The graph of ``(*operands, *cotangents of the results) -> cotangents of the active``."""
 
     def vjp(*args: Any) -> Any:
-        operands, cotangents = list(args[: len(node.inputs)]), args[len(node.inputs) :]
-
-        def of_active(*values: Any) -> Any:
-            full = list(operands)
-            for place, value in zip(active, values, strict=True):
-                full[place] = value
-            out = node.run(full)
-            return tuple(out[i] for i in results)
-
-        return jax.vjp(of_active, *(operands[i] for i in active))[1](tuple(cotangents))
+        called, primals = _of_active(node, args[: len(node.inputs)], active)
+        wanted = lambda *values: tuple(called(*values)[i] for i in results)
+        return jax.vjp(wanted, *primals)[1](args[len(node.inputs) :])
 
     avals = [atom.aval for atom in node.inputs]
     outs = [node.outputs[i].aval.to_tangent_aval() for i in results]
     return _graph(jax.make_jaxpr(vjp)(*avals, *outs))
+
+
+def _of_active(
+    node: Node, operands: Sequence[Any], active: Sequence[int]
+) -> tuple[Callable[..., tuple[Any, ...]], tuple[Any, ...]]:
+    """The node as a function of its active operands, and these."""
+
+    def called(*values: Any) -> tuple[Any, ...]:
+        full = list(operands)
+        for place, value in zip(active, values, strict=True):
+            full[place] = value
+        return tuple(node.run(full))
+
+    return called, tuple(operands[i] for i in active)

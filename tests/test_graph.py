@@ -22,9 +22,6 @@ from tests.shrinking import QUICKLY
 CASES = [*ZOO, *vision.CASES, *sequence.CASES, *frameworks.CASES]
 
 
-BODIES = {"jaxpr", "call_jaxpr", "cond_jaxpr", "body_jaxpr", "branches"}
-
-
 def replayed(fn):
     """The function that traces `fn` for its arguments and runs the graph."""
 
@@ -50,23 +47,41 @@ def same_program(a: Any, b: Any, *args: Any) -> None:
 
 def program(fn: Any, *args: Any) -> list[str]:
     """The equations in order, those of bodies too; JAX prints a body that two calls share once."""
-    return list(_lines(_graph.trace(fn, *args).graph, {}))
+    return list(_lines(jax.make_jaxpr(fn)(*args), {}))
 
 
-def _lines(graph: _graph.Graph, names: dict[Any, int]) -> Iterator[str]:
-    number = lambda atom: names.setdefault(atom, len(names))
-    read = lambda atoms: [
-        str(atom.val) if isinstance(atom, _graph.Literal) else number(atom) for atom in atoms
-    ]
-    yield f"({read(graph.inputs)}, {[np.asarray(c).tobytes() for c in graph.constants.values()]})"
-    for node in graph.nodes:
-        avals = [str(out.aval) for out in node.outputs]
-        params = {name: str(p) for name, p in node.params.items() if name not in BODIES}
-        plain = sorted((name, text) for name, text in params.items() if " at 0x" not in text)
-        yield f"{read(node.outputs)} {avals} = {node.name} {read(node.inputs)} {plain}"
-        for body in node.bodies:
+def _lines(closed: Any, names: dict[Any, int]) -> Iterator[str]:
+    jaxpr, consts = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+    is_literal = lambda v: hasattr(v, "val")
+    word = lambda v: str(v) if is_literal(v) else names.setdefault(v, len(names))
+    words = lambda atoms: [word(v) for v in atoms]
+    alive = {v for v in jaxpr.outvars if not is_literal(v)}
+    needed = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not alive.isdisjoint(eqn.outvars):
+            needed.append(eqn)
+            alive.update(v for v in eqn.invars if not is_literal(v))
+    read = [(v, c) for v, c in zip(jaxpr.constvars, consts, strict=False) if v in alive]
+    yield f"{words(jaxpr.invars)} {[(word(v), _bytes(c)) for v, c in read]}"
+    for eqn in reversed(needed):
+        params = sorted(eqn.params.items())
+        texts = [f"{name}={value}" for name, value in params if not _bodies(value)]
+        plain = [text for text in texts if " at 0x" not in text]
+        avals = [str(out.aval) for out in eqn.outvars]
+        yield f"{words(eqn.outvars)} {avals} = {eqn.primitive} {words(eqn.invars)} {plain}"
+        for body in (body for _, value in params for body in _bodies(value)):
             yield from _lines(body, names)
-    yield f"-> {read(graph.outputs)}"
+    yield f"-> {words(jaxpr.outvars)}"
+
+
+def _bytes(constant: Any) -> bytes:
+    is_key = jnp.issubdtype(constant.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(constant) if is_key else constant).tobytes()
+
+
+def _bodies(value: Any) -> list[Any]:
+    is_body = lambda part: hasattr(part, "eqns")
+    return [part for part in jax.tree.leaves(value, is_leaf=is_body) if is_body(part)]
 
 
 def value_and_gradient(fn, params: Any, x: jax.Array) -> tuple[Any, Any]:
@@ -88,12 +103,16 @@ def check_replay(fn, params: Any, x: jax.Array) -> None:
     same_program(original, value_and_gradient(again, params, x)[0], floats)
 
 
+def tangent(x: Any) -> Any:
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0)
+
+
 def check_everywhere(fn, params: Any, x: jax.Array) -> None:
     """Value, gradient, jvp and vmap, at two batch sizes."""
     again = replayed(fn)
     for batch in (x, jnp.concatenate([x, x[:1]])):
         check_replay(fn, params, batch)
-        moving = lambda fn, p, x: jax.jvp(lambda x: fn(p, x), (x,), (x,))
+        moving = lambda fn, *args: jax.jvp(fn, args, jax.tree.map(tangent, args))
         same_program(partial(moving, fn), partial(moving, again), params, batch)
         rows = (params, batch[None])
         same_program(jax.vmap(fn, (None, 0)), jax.vmap(again, (None, 0)), *rows)

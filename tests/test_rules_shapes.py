@@ -86,6 +86,12 @@ def along(x: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, jnp.array([[0, 1], [1, 1], [2, 0], [0, 0]]), 1)
 
 
+def by_rows(x: jax.Array) -> jax.Array:
+    """One known index for each row."""
+    rows = lax.GatherDimensionNumbers((), (1,), (1,), (0,), (0,))
+    return lax.gather(x, jnp.array([[2], [0], [1], [1]]), rows, (1, 1), mode="clip")
+
+
 def joined(*parts: Any, fn: Callable = lambda x: x) -> Callable:
     """The parameters and constants, along the last axis."""
     return lambda *xs: fn(jnp.concatenate([*xs, *parts], -1))
@@ -219,6 +225,7 @@ MOVES = [
     case("take from the end", lambda x: x[jnp.array([-1, 0])], [A], "free", classes=4 + 3),
     case("take computed", lambda x: x[2 * jnp.array([0, 1]) + 1], [A], "free", classes=4 + 3),
     case("take and sum", lambda x: x[jnp.array([1, 1, 3])].sum(0), [A], "free", classes=4 + 3),
+    case("take by rows", by_rows, [A], ("free", PICKS), classes=4),
     case("take outside", at(0, 9, mode="clip"), [A], (PICKS, "free")),
     case(
         "take both",

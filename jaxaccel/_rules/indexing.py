@@ -36,7 +36,8 @@ def _dynamic_update_slice(t: Ties, node: Node, x: Axes, part: Axes, *starts: Axe
 def _picked(node: Node, indices: Axes) -> tuple[int, np.ndarray] | None:
     """The one axis that a gather takes known indices of, and these."""
     how = node.params["dimension_numbers"]
-    if indices.elements is None or len(how.start_index_map) != 1 or len(indices) != 2:
+    single = len(how.start_index_map) == 1 and not how.operand_batching_dims
+    if indices.elements is None or not single or len(indices) != 2:
         return None
     (axis,), picks = how.start_index_map, indices.elements[:, 0]
     inside = (picks >= 0) & (picks < shape_of(node.inputs[0])[axis])
@@ -63,7 +64,7 @@ def _gather(t: Ties, node: Node, x: Axes, indices: Axes) -> Results:
             whole = sizes[k] == x.shape[k] and k not in how.start_index_map
             out[next(slots)] = axis if whole else pinned(t, axis, "'gather' takes a part of it")
     rest = iter(rows)
-    fill = node.params.get("fill_value")
+    fill = node.params.get("fill_value")  # NaN is the mark of an error, not a value that stays
     axes = [axis if axis is not None else next(rest) for axis in out]
     return [
         axes if fill in (None, 0) or fill != fill else [t.same(axis, zero=False) for axis in axes]

@@ -1,12 +1,13 @@
 """The graph without the chains that were folded."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from jaxtyping import Array
 
 from jaxaccel._dataflow import flatten, needed
-from jaxaccel._graph import Atom, Graph, Node, Value, trace
+from jaxaccel._graph import Graph, Node, Value, trace
 from jaxaccel.fold._contractions import spread
 from jaxaccel.fold._match import Matches
 from jaxaccel.fold._view import Keys, Labels, View
@@ -60,7 +61,7 @@ def rewrite(v: View, matches: Matches, avals: Mapping[Keys, Any]) -> tuple[Graph
         if node in gone:
             renamed[node.outputs[0]] = renamed.get(gone[node], gone[node])
         else:
-            nodes.append(_reading(node, [rename(atom) for atom in node.inputs]))
+            nodes.append(replace(node, inputs=[rename(atom) for atom in node.inputs]))
         if node in at and (at[node].scale or at[node].bias):
             out = node.outputs[0]
             nodes.append(_applied(at[node], renamed.get(out, out), new))
@@ -74,11 +75,6 @@ def rewrite(v: View, matches: Matches, avals: Mapping[Keys, Any]) -> tuple[Graph
     return Graph([*leaves.values(), *inputs], graph.nodes, graph.outputs, graph.constants), [
         *leaves
     ]
-
-
-def _reading(node: Node, inputs: list[Atom]) -> Node:
-    place = (inputs, node.outputs, node.run, node.bodies, node.info, node.effects)
-    return Node(node.name, node.params, *place)
 
 
 def _applied(end: End, y: Value, new: Mapping[Keys, Value]) -> Node:
