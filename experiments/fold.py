@@ -3,7 +3,7 @@
     python -m experiments.fold
 
 The network as `jx.functional` gives it against the same with `jx.fold.batchnorm`, interleaved in
-one process, batch sizes 1 and 8, in about 10 minutes on 2 CPU cores (AMD EPYC). Parameters are
+one process, batch sizes 1 and 8, in about 2 minutes on 2 CPU cores (AMD EPYC). Parameters are
 random: neither kernels nor latency depend on them. There are 36 to 45% fewer kernels, and the same
 latency: the convolutions take nearly all of it. The kept results are in
 `experiments/results/fold.md`.
