@@ -8,7 +8,7 @@ stays whole (an input's axis, a batch, a pixel); labels that meet it are pinned.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -85,9 +85,11 @@ class Axes:
 
     def for_use(self) -> "Axes":
         """A copy whose free axes can be cut for one use."""
+        if not any(isinstance(axis, Free) for axis in self.axes):
+            return self
         null = self.constant == 0
-        axes = (Free(a.uniform, null) if isinstance(a, Free) else a for a in self.axes)
-        return replace(self, axes=tuple(axes))
+        axes = tuple(Free(a.uniform, null) if isinstance(a, Free) else a for a in self.axes)
+        return Axes(axes, self.shape, self.constant, self.sources, self.elements)
 
 
 class Merge(NamedTuple):
@@ -114,6 +116,7 @@ class Ties(ABC):
         self.unmasked: set[int] = set()  # parameters that must keep their values where masked
         self.node: Node | None = None
         self.in_derivative = False
+        self.jvps: dict[Any, Graph] = {}
         self._merges: list[Merge] = []
         self._open: set[int] = set()
         self._singular: list[tuple[frozenset[int], np.ndarray, str]] = []

@@ -1,12 +1,14 @@
-"""What depends on what in a graph: dead code, constants, and the bodies of calls inlined."""
+"""What depends on what in a graph: constants, bodies of calls inlined, shuffles as one node."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 
-from jaxaccel._graph import Atom, Graph, Node, Value, needed, run, values_of
+from jaxaccel._graph import Atom, Graph, Node, Value, needed, run, shape_of, values_of
 
 _INLINED = ("jit", "closed_call", "eval_jaxpr", "remat2")
 
@@ -61,3 +63,49 @@ def _inline(
         else:
             nodes.append(replace(node, inputs=operands))
     return [rename(atom) for atom in graph.outputs]
+
+
+def shuffles(graph: Graph) -> Graph:
+    """The graph where splitting an axis, swapping the parts and merging them is one node.
+
+    That node permutes the axis, as the shuffle of ShuffleNet does, so that no index of the axis
+    depends on another.
+    """
+    makers = {value: node for node in graph.nodes for value in node.outputs}
+    uses = Counter(values_of([*(a for node in graph.nodes for a in node.inputs), *graph.outputs]))
+    nodes: dict[int, Node] = {}
+    for place, node in enumerate(graph.nodes):
+        bodies = tuple(map(shuffles, node.bodies))
+        nodes[place] = _shuffle(node, makers, uses) or replace(node, bodies=bodies)
+    merged = Graph(graph.inputs, list(nodes.values()), graph.outputs, graph.constants)
+    return needed(merged)
+
+
+def _shuffle(merge: Node, makers: Mapping[Any, Node], uses: Counter[Value]) -> Node | None:
+    """The node of a reshape with the transpose and the reshape before it, if they permute."""
+    if merge.name != "reshape":
+        return None
+    chain = [merge]
+    for name in ("transpose", "reshape"):
+        source = chain[-1].inputs[0]
+        before = makers.get(source) if isinstance(source, Value) else None
+        if before is None or before.name != name or uses[before.outputs[0]] > 1:
+            return None
+        chain.append(before)
+    _, swap, split = chain
+    full, parts = (shape_of(split.inputs[0]), shape_of(split.outputs[0]))
+    axis = next((k for k, (a, b) in enumerate(zip(full, parts, strict=False)) if a != b), None)
+    if axis is None or shape_of(merge.outputs[0]) != full:
+        return None
+    end = axis + 1 + len(parts) - len(full)
+    swapped = swap.params["permutation"]
+    rest = [k for k in range(len(parts)) if not axis <= k < end]
+    if (*parts[:axis], *parts[end:]) != (*full[:axis], *full[axis + 1 :]):
+        return None
+    if any(swapped[k] != k for k in rest) or not isinstance(full[axis], int):
+        return None
+    local = [k - axis for k in swapped[axis:end]]
+    order = np.arange(full[axis]).reshape(parts[axis:end]).transpose(local).ravel()
+    run = lambda operands: merge.run(swap.run(split.run(operands)))
+    params = {"axis": axis, "order": order}
+    return replace(merge, name="channel_shuffle", params=params, inputs=split.inputs, run=run)

@@ -156,16 +156,17 @@ def _from_nnx(model: "nnx.Module") -> tuple[NNXFunction, Params]:
     from flax import nnx
 
     variables = dict(nnx.to_flat_state(nnx.state(model)))
-    collections = {path: name for path, v in variables.items() if (name := _collection(v))}
+    collections = {path: name for path, v in variables.items() if (name := collection(v))}
     params = {(name, *map(str, p)): variables[p].get_value() for p, name in collections.items()}
     return NNXFunction(model, collections), {"params": {}} | _nest(params)
 
 
-def _collection(variable: Any) -> str | None:
-    """Linen's name for a kind of variable; None for random streams and bare arrays."""
+def collection(variable: Any) -> str | None:
+    """Linen's name for a kind of variable; None for random streams, sown values, bare arrays."""
     from flax import nnx
 
-    if isinstance(variable, nnx.RngState) or not isinstance(variable, nnx.Variable):
+    none = nnx.RngState | nnx.Intermediate
+    if isinstance(variable, none) or not isinstance(variable, nnx.Variable):
         return None
     if isinstance(variable, nnx.Param):
         return "params"

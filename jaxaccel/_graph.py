@@ -4,7 +4,8 @@ The only file that touches jaxprs, and the only one that knows the versions of J
 is a jaxpr whose every call has its own copy of the called body: a value or a node can be a key.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -131,10 +132,23 @@ def trace(fn: Callable, *args: Any) -> Trace:
 def leaf_paths(tree: Any, root: str = "") -> dict[str, Any]:
     """``{"conv1/kernel": leaf}`` in tree order, below `root`."""
     found = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        found["/".join(filter(None, (root, path)))] = leaf
+    for keys, leaf in leaves_with_keys(tree):
+        path = "/".join(filter(None, (root, *keys)))
+        if path in found:
+            raise ValueError(f"{path}: the path of two leaves; rename a key that has a slash")
+        found[path] = leaf
     return found
+
+
+def leaves_with_keys(tree: Any) -> Iterator[tuple[list[str], Any]]:
+    """In tree order; a Flax NNX variable is a leaf by its own name, not by that of its value."""
+    nnx = sys.modules.get("flax.nnx")  # where it is not imported there are no variables
+    variable = lambda node: nnx is not None and isinstance(node, nnx.Variable)
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=variable):
+        for below, leaf in jax.tree_util.tree_leaves_with_path(node):
+            keys = (*path, *(below[1:] if variable(node) else below))
+            text = jax.tree_util.keystr(keys, simple=True, separator="/")
+            yield [key for key in text.split("/") if key], leaf
 
 
 def _aval(path: str, leaf: Any) -> Any:

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxaccel._axes import Axes, Labels
-from jaxaccel._graph import trace
+from jaxaccel._dataflow import shuffles
+from jaxaccel._graph import Trace, trace
 from jaxaccel._labels import Labelling, label
 from jaxaccel._table import table
 
@@ -170,56 +171,106 @@ def groups(fn: Callable, params: Any, *example: Any) -> Groups:
     >>> print(found.why("w2"))
     w2 axis 1: 2 indices: reaches the output
     """
+    return read(fn, params, *example)[1]
+
+
+def read(fn: Callable, params: Any, *example: Any) -> tuple[Trace, Groups, Labelling, list[Axes]]:
+    """The groups, and what they were read from: the trace, its labels, the inputs' axes."""
     traced = trace(fn, params, *example)
+    traced = traced._replace(graph=shuffles(traced.graph))
     labelling, inputs = label(traced, range(traced.num_params))
     paths, axes = traced.paths[: traced.num_params], inputs[: traced.num_params]
-    sizes = [prod(leaf.shape) for leaf in axes]
-    return Groups(
-        tuple(_groups(labelling, paths, axes)),
-        tuple(_pins(labelling, paths, axes)),
+    pinned = np.zeros(len(labelling), bool)
+    pinned[list(labelling.pinned)] = True
+    slots = [
+        _Slot(path, k, np.array(labelling.roots(axis.ids), int))
+        for path, leaf in zip(paths, axes, strict=True)
+        for k, axis in enumerate(leaf)
+        if isinstance(axis, Labels)
+    ]
+    sizes = {path: prod(leaf.shape) for path, leaf in zip(paths, axes, strict=True)}
+    whole = dict(sizes)
+    for slot in slots:
+        share = int(pinned[slot.roots].sum())
+        whole[slot.path] = whole[slot.path] // max(len(slot.roots), 1) * share
+    found = Groups(
+        tuple(_groups(slots, pinned)),
+        tuple(_pins(labelling, slots)),
         tuple(paths[place] for place in sorted(labelling.unmasked)),
         tuple(paths),
-        sum(sizes),
-        sum(sizes) - sum(_pinned_elements(labelling, leaf) for leaf in axes),
+        sum(sizes.values()),
+        sum(sizes.values()) - sum(whole.values()),
     )
+    return traced, found, labelling, inputs
 
 
-def _groups(labelling: Labelling, paths: list[str], leaves: list[Axes]) -> Iterator[Group]:
-    channels: dict[int, dict[tuple[int, int], list[int]]] = defaultdict(lambda: defaultdict(list))
-    for place, leaf in enumerate(leaves):
-        for k, axis in enumerate(leaf):
-            for index, root in enumerate(_roots(labelling, axis)):
-                if root not in labelling.pinned:
-                    channels[root][place, k].append(index)
-    alike: dict[Any, list[dict[tuple[int, int], list[int]]]] = defaultdict(list)
-    for slices in channels.values():
-        alike[tuple((where, len(found)) for where, found in slices.items())].append(slices)
-    for signature, members in alike.items():
-        parts = (
-            Slices(paths[place], k, np.array([slices[place, k] for slices in members]))
-            for (place, k), _ in signature
-        )
-        yield Group(len(members), tuple(parts))
+class _Slot(NamedTuple):
+    """An axis of a parameter, and the root of the label of each of its indices."""
+
+    path: str
+    axis: int
+    roots: np.ndarray
 
 
-def _roots(labelling: Labelling, axis: Any) -> list[int]:
-    return labelling.roots(axis.ids) if isinstance(axis, Labels) else []
+def _groups(slots: Sequence[_Slot], pinned: np.ndarray) -> list[Group]:
+    """The free roots that have as many indices in each slot, as groups; in order of appearance."""
+    alike: dict[bytes, list[_Slot]] = defaultdict(list)  # many axes have the same channels
+    for slot in slots:
+        alike[slot.roots.tobytes()].append(slot)
+    kinds, order = _kinds([same[0].roots for same in alike.values()], pinned)
+    _, first, members = np.unique(kinds[order], return_index=True, return_inverse=True)
+    place = np.full(len(kinds), -1)  # of the group
+    place[order] = np.argsort(np.argsort(first))[members]
+    rank = np.zeros(len(kinds), int)  # inside of the group
+    sizes = np.bincount(place[order], minlength=len(first)).tolist()
+    for group in range(len(first)):
+        rank[order[place[order] == group]] = np.arange(sizes[group])
+    indices = {
+        key: {
+            group: index.reshape(sizes[group], -1)
+            for group, index in _by_group(same[0].roots, place, rank)
+        }
+        for key, same in alike.items()
+    }
+    parts: list[list[Slices]] = [[] for _ in first]
+    for slot in slots:
+        for group, index in indices[slot.roots.tobytes()].items():
+            parts[group].append(Slices(slot.path, slot.axis, index))
+    return [Group(size, tuple(slices)) for size, slices in zip(sizes, parts, strict=True)]
 
 
-def _pins(labelling: Labelling, paths: list[str], leaves: list[Axes]) -> Iterator[Pinned]:
-    for path, leaf in zip(paths, leaves, strict=True):
-        for k, axis in enumerate(leaf):
-            reasons: dict[str, int] = defaultdict(int)
-            for root in _roots(labelling, axis):
-                if root in labelling.pinned:
-                    reasons[labelling.pinned[root]] += 1
-            for reason, count in reasons.items():
-                yield Pinned(path, k, count, reason)
+def _by_group(
+    roots: np.ndarray, place: np.ndarray, rank: np.ndarray
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The indices of each group in one slot, channel by channel."""
+    free = np.flatnonzero(place[roots] >= 0)
+    free = free[np.argsort(rank[roots[free]], kind="stable")]
+    for group in np.unique(place[roots[free]]).tolist():
+        yield group, free[place[roots[free]] == group]
 
 
-def _pinned_elements(labelling: Labelling, leaf: Axes) -> int:
-    def pinned(k: int) -> int:
-        roots = _roots(labelling, leaf[k])
-        return sum(r in labelling.pinned for r in roots) if roots else leaf.shape[k]
+def _kinds(slots: Sequence[np.ndarray], pinned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each root a number that those in the same slots share, and the free roots in order."""
+    kinds, seen = np.zeros(len(pinned), int), pinned.copy()
+    order, count = [np.zeros(0, int)], 1
+    for slot in slots:
+        free = slot[~pinned[slot]]
+        roots, first, times = np.unique(free, return_index=True, return_counts=True)
+        new = roots[np.argsort(first)]
+        order.append(new[~seen[new]])
+        seen[roots] = True
+        _, inverse = np.unique(kinds[roots] * (len(slot) + 1) + times, return_inverse=True)
+        kinds[roots] = count + inverse
+        count += len(roots)
+    return kinds, np.concatenate(order)
 
-    return prod(pinned(k) for k in range(len(leaf)))
+
+def _pins(labelling: Labelling, slots: Sequence[_Slot]) -> Iterator[Pinned]:
+    for slot in slots:
+        roots, counts = np.unique(slot.roots, return_counts=True)
+        reasons: dict[str, int] = defaultdict(int)
+        for root, count in zip(roots.tolist(), counts.tolist(), strict=True):
+            if root in labelling.pinned:
+                reasons[labelling.pinned[root]] += count
+        for reason, count in reasons.items():
+            yield Pinned(slot.path, slot.axis, count, reason)

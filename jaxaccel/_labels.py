@@ -1,14 +1,14 @@
 """The pass that gives every axis of every traced value its channel labels."""
 
-from collections.abc import Container, Sequence
-from typing import Any
+from collections.abc import Container, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxaccel._axes import OPAQUE, Axes, Axis, Free, Labels, Ties
-from jaxaccel._graph import Atom, Graph, Literal, Node, Trace, Value, values_of
+from jaxaccel._graph import Atom, Graph, Literal, Node, Trace, Value
 from jaxaccel._rules import constant, few_integers, known_elements, rule_of
 
 
@@ -82,18 +82,27 @@ def _constant_axes(value: Any) -> Axes:
     return Axes(axes, shape, number, elements=few_integers(value))
 
 
+# Indices of axes of inputs: place -> axis -> indices.
+Gone: TypeAlias = Mapping[int, Mapping[int, np.ndarray]]
+
+
 def label(
-    trace: Trace, parameters: Container[int], *, keep_outputs: bool = True
+    trace: Trace,
+    parameters: Container[int],
+    *,
+    keep_outputs: bool = True,
+    gone: Gone | None = None,
+    alike: Mapping[int, int] | None = None,
 ) -> tuple[Labelling, list[Axes]]:
     """The labelling of a traced function, and the axes of its inputs.
 
     The inputs that are `parameters` get labels and are zero where masked, but for those that
     would then be a divisor; those are in ``labelling.unmasked``. The other inputs stay whole, and
-    the outputs too if asked for.
+    if asked for the outputs and what is not read. Where it is known what is `gone`, open choices
+    follow it. What in an output depends on no label of an input goes with the input that it is
+    `alike`, as a gradient of zeros.
     """
     unmasked: set[int] = set()
-    atoms = [*(atom for node in trace.graph.nodes for atom in node.inputs), *trace.graph.outputs]
-    read = set(values_of(atoms))
     while True:
         labelling = Labelling()
         inputs = [
@@ -102,17 +111,63 @@ def label(
             else Axes((OPAQUE,) * len(value.shape), value.shape, None, None)
             for place, value in enumerate(trace.graph.inputs)
         ]
-        for value, axes in zip(trace.graph.inputs, inputs, strict=True):
-            for axis in axes if value not in read else ():
-                labelling.pin(axis, "fn does not read it")
-        for path, out in zip(trace.out_paths, labelling.inside(trace.graph, inputs), strict=True):
+        outputs = labelling.inside(trace.graph, inputs)
+        if keep_outputs:
+            _pin_unread(labelling, inputs, outputs)
+        for path, out in zip(trace.out_paths, outputs, strict=True):
             for axis in out if keep_outputs else ():
                 labelling.pin(axis, f"reaches the output {path}".rstrip())
-        labelling.decide()
+        for out, place in (alike or {}).items():
+            _follow(labelling, outputs[out], inputs[place], inputs)
+        labelling.decide(None if gone is None else ids(inputs, gone))
         if labelling.unmasked <= unmasked:
             labelling.unmasked = unmasked
             return labelling, inputs
         unmasked |= labelling.unmasked
+
+
+def _follow(labelling: Labelling, output: Axes, like: Axes, inputs: Sequence[Axes]) -> None:
+    """Ties the indices of an output that no input is tied to with those of an input."""
+    known = np.zeros(len(labelling), bool)
+    for axis in (axis for axes in inputs for axis in axes if isinstance(axis, Labels)):
+        known[labelling.roots(axis.ids)] = True
+    for axis, own in zip(output, like, strict=True):
+        if isinstance(own, Labels) and isinstance(axis, Labels):
+            free = ~known[labelling.roots(axis.ids)]
+            labelling.tie(axis.ids[free], own.ids[free])
+        elif isinstance(own, Labels) and isinstance(axis, Free) and axis.ids is None:
+            labelling.same(axis, own)
+
+
+# What only chooses among the indices of its first operand.
+_SELECTING = {"slice", "split", "gather", "dynamic_slice", "squeeze"}
+
+
+def _pin_unread(labelling: Labelling, inputs: Sequence[Axes], outputs: Sequence[Axes]) -> None:
+    """Indices that no operation reads, as rows of a table beyond the example's length."""
+    read = np.zeros(len(labelling), bool)
+    reading = [outputs]
+    for node, operands in labelling.operands.items():
+        if not node.bodies and node.name not in _SELECTING:
+            reading.append(operands)
+    for axis in (axis for operands in reading for axes in operands for axis in axes):
+        ids = None if axis is OPAQUE else getattr(axis, "ids", None)
+        if ids is not None:
+            read[labelling.roots(ids)] = True
+    for axis in (axis for axes in inputs for axis in axes):
+        if isinstance(axis, Labels):
+            labelling.pin(axis, "fn does not read it", ~read[labelling.roots(axis.ids)])
+
+
+def ids(inputs: Sequence[Axes], gone: Gone) -> np.ndarray:
+    """The labels of indices of the inputs' axes."""
+    found = [np.zeros(0, int)]
+    for place, axes in gone.items():
+        for k, indices in axes.items():
+            axis = inputs[place][k]
+            if isinstance(axis, Labels):
+                found.append(axis.ids[indices])
+    return np.concatenate(found)
 
 
 def _parameter(ties: Ties, place: int, value: Value, masked: bool) -> Axes:

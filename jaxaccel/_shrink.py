@@ -29,8 +29,10 @@ class Shrunk:
 
     def __init__(self, labelling: Labelling, dropped: Sequence[int] | np.ndarray) -> None:
         self.labelling = labelling
-        self._dropped = set(labelling.roots(np.asarray(dropped, int)))
-        for root in self._dropped:
+        gone = labelling.roots(np.asarray(dropped, int))
+        self._dropped = np.zeros(len(labelling), bool)
+        self._dropped[gone] = True
+        for root in gone:
             if root in labelling.pinned:
                 raise ValueError(f"a dropped channel is pinned: {labelling.pinned[root]}")
         self._kept: dict[int, np.ndarray | None] = {}
@@ -39,10 +41,10 @@ class Shrunk:
     def kept(self, axis: Axis) -> np.ndarray | None:
         """The indices of an axis that are left, None where all are."""
         ids = None if axis is OPAQUE else getattr(axis, "ids", None)
-        if ids is None or not self._dropped:
+        if ids is None:
             return None
         if id(ids) not in self._kept:
-            here = np.array([root not in self._dropped for root in self.labelling.roots(ids)], bool)
+            here = ~self._dropped[self.labelling.roots(ids)]
             self._kept[id(ids)] = None if here.all() else np.flatnonzero(here)
         return self._kept[id(ids)]
 

@@ -116,9 +116,27 @@ def _scatter(t: Ties, node: Node, x: Axes, indices: Axes, updates: Axes) -> Resu
     return [axes]
 
 
+def _shuffle(t: Ties, node: Node, x: Axes) -> Results:
+    axis, order = x[node.params["axis"]], node.params["order"]
+    if isinstance(axis, Labels):
+        axis = Labels(axis.ids[order], axis.zero[order])
+    out = list(x)
+    out[node.params["axis"]] = t.free() if isinstance(axis, Free) else axis
+    return [out]
+
+
+def _resized_shuffle(node: Node, operands: Sequence[Array], cut: Cut) -> Sequence[Array]:
+    k, order = node.params["axis"], node.params["order"]
+    stays, made = cut.operands[0][k], cut.results[0][k]
+    order = order if made is None else order[made]
+    index = order if stays is None else np.searchsorted(stays, order)
+    return [jnp.take(operands[0], index, axis=k, unique_indices=True, mode="clip")]
+
+
 _SIZES = changed(lambda node, operands, cut: {"slice_sizes": cut.shapes[0]})
 
 add("dynamic_slice", _dynamic_slice, _SIZES)
 add("dynamic_update_slice", _dynamic_update_slice)
+add("channel_shuffle", _shuffle, _resized_shuffle)  # of `jaxaccel._dataflow.shuffles`
 add("gather", _gather, _resized_gather)
 add("scatter scatter-add scatter-mul scatter-min scatter-max scatter-sub", _scatter)

@@ -19,7 +19,10 @@ def _custom_jvp(t: Ties, node: Node, *operands: Axes) -> Results:
     if t.in_derivative:  # a rule may call its own function again
         return made
     active = [i for i, atom in enumerate(node.inputs) if is_float(atom)]
-    moved = _derivative(t, jvp_graph(node, active), [*operands, *(operands[i] for i in active)])
+    known = (id(node.params), *active)  # one equation stands behind every use of a jitted function
+    if known not in t.jvps:
+        t.jvps[known] = jvp_graph(node, active)
+    moved = _derivative(t, t.jvps[known], [*operands, *(operands[i] for i in active)])
     tangents = iter(moved[len(made) :])
     return [
         [_weaker(t, *axis) for axis in zip(axes, next(tangents), strict=True)]

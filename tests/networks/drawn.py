@@ -69,7 +69,8 @@ class _Program:
         return apply
 
     def activation(self) -> Callable:
-        function = ACTIVATIONS[self.draw(st.sampled_from(sorted(ACTIVATIONS)))]
+        often = [name for name in ("relu", "tanh", "silu", "gelu") for _ in range(2)]
+        function = ACTIVATIONS[self.draw(st.sampled_from([*often, "sigmoid", "softplus"]))]
         return lambda p, x: function(x)
 
     def residual(self) -> Callable:
@@ -132,6 +133,7 @@ class _Program:
 
 STEPS = [
     *("conv", "conv", "grouped", "bias", "norm", "activation", "activation", "residual"),
+    *("conv", "norm", "activation", "residual", "branches", "shuffle", "gate", "pool"),
     *("branches", "halves", "shuffle", "gate", "pool", "softmax", "center", "columns"),
 ]
 

@@ -87,21 +87,20 @@ EXPECTED = {
         "All but head/bias 2.",
     ),
     "shuffle_unit": Expected(
-        [6, 6, 7, 9],
+        [6, 6, 6, 7, 9],
         # stem 372, expand 70, depthwise 91, project 66, last 144, head 50
         Fraction(788, 793),
-        "6: stem o 0-5, project o, last i 2j and 2j+1 (the shuffle ties the halves). 6: stem o "
-        "6-11, expand i. 7: expand o, depthwise o, project i. 9: last o, head i. "
-        "All but head/bias 5.",
+        "6: stem o 0-5, last i 2j. 6: stem o 6-11, expand i. 6: project o, last i 2j+1. "
+        "7: expand o, depthwise o, project i. 9: last o, head i. All but head/bias 5.",
     ),
     "shuffle_twice": Expected(
-        [3, 3, 6, 7, 8, 9],
+        [3, 3, 3, 3, 6, 6, 7, 8, 9],
         # as shuffle_unit, and the second unit's expand 80, depthwise 104, project 72
         Fraction(1044, 1049),
-        "After unit 0, channels 2j and 2j+1 are one channel. 3 (j < 3, kept by unit 1): stem o "
-        "0-2, project 0 o 0-2, two each of project 1 o, four each of last i. 3 (j >= 3): stem o "
-        "3-5, project 0 o 3-5, two each of expand 1 i. 6: stem o 6-11, expand 0 i. 7, 8: inside "
-        "the units. 9: last o, head i. All but head/bias 5.",
+        "Unit 1 keeps 0-5, which are stem 0-2 and project 0 o 0-2 by turns, and reads 6-11. "
+        "3 + 3: stem o 0-2 and project 0 o 0-2, each with last i. 3 + 3: stem o 3-5 and project 0 "
+        "o 3-5, each with expand 1 i. 6: stem o 6-11, expand 0 i. 6: project 1 o, last i. 7, 8: "
+        "inside the units. 9: last o, head i. All but head/bias 5.",
     ),
     "squeeze_excite": Expected(
         [4, 8, 12],
