@@ -52,3 +52,13 @@ def getkey():
     """A function that gives a fresh random key at each call."""
     keys = iter(jax.random.split(jax.random.key(0), 100))
     return lambda: next(keys)
+
+
+@pytest.fixture(scope="session")
+def made():
+    """A Linen network with batch norm and dropout, its parameters and a plan for half of it."""
+    import jaxaccel as jx
+    from tests.models import LINEN
+
+    fn, params = LINEN.build()
+    return fn, params, jx.prune.plan(fn, params, LINEN.images(), ratio=0.5)

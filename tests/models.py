@@ -37,6 +37,10 @@ def filled(shapes: Any, seed: int = 0) -> Any:
     return jax.tree.map(fill, shapes)
 
 
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
 class LinenNet(linen.Module):
     @linen.compact
     def __call__(self, x, train: bool = False):
@@ -79,9 +83,11 @@ def from_nnx(module: Callable[..., nnx.Module], *args: Any, **options: Any) -> C
     return build
 
 
+LINEN = Case("linen", linen_net, (4, 8, 8, 1))
+
 ZOO = [
     Case("hand_written", hand_written, (4, 8, 8, 1)),
-    Case("linen", linen_net, (4, 8, 8, 1)),
+    LINEN,
     Case("mlp", from_nnx(jx.nn.MLP, 64, width=16, depth=2, num_classes=10), (4, 8, 8, 1)),
     Case("convnet", from_nnx(jx.nn.ConvNet), (4, 28, 28, 1)),
     Case(

@@ -1,6 +1,5 @@
 """The oracle of the channel labels: channels that are gone equal channels set to zero."""
 
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxaccel as jx
-from jaxaccel import _graph
-from jaxaccel._labels import label
-from jaxaccel._shrink import Shrunk
+from jaxaccel._graph import leaf_paths
+from jaxaccel.prune._rewrite import call
 
 # A network is compiled to be run once.
 QUICKLY = {"xla_backend_optimization_level": 0}
@@ -20,20 +18,8 @@ QUICKLY = {"xla_backend_optimization_level": 0}
 Dropped = dict[str, dict[int, list[int]]]
 
 
-def draw(groups: Any, seed: int, share: float = 0.5) -> Dropped:
-    """A random share of the channels of every group, at least one and never all."""
-    random = np.random.default_rng(seed)
-    dropped: Dropped = defaultdict(lambda: defaultdict(list))
-    for group in groups:
-        count = min(max(1, int(group.size * share)), group.size - 1)
-        for channel in random.permutation(group.size)[:count]:
-            for part in group.slices:
-                dropped[part.path][part.axis] += part.index[channel].tolist()
-    return dropped
-
-
 def _each(params: Any, dropped: Dropped, change: Callable) -> Any:
-    leaves = _graph.leaf_paths(params)
+    leaves = leaf_paths(params)
     changed = [change(leaf, dropped.get(path, {}), path) for path, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(params), changed)
 
@@ -58,54 +44,66 @@ def masked(params: Any, dropped: Dropped, unmasked: tuple[str, ...] = ()) -> Any
 
 
 def shrunk(fn: Callable, params: Any, dropped: Dropped) -> Callable:
-    """`fn` for parameters cut by `dropped`, for any batch; traced at the original shapes."""
-    avals = jax.tree.map(jax.typeof, params)
-
-    def call(small: Any, *args: Any) -> Any:
-        traced = _graph.trace(fn, avals, *jax.tree.map(jax.typeof, args))
-        labelling, inputs = label(traced, range(traced.num_params))
-        gone = [
-            inputs[place][axis].ids[indices]  # pyright: ignore
-            for place, path in enumerate(traced.paths[: traced.num_params])
-            for axis, indices in dropped.get(path, {}).items()
-        ]
-        run = Shrunk(labelling, np.concatenate([np.zeros(0, int), *gone])).run
-        leaves = jax.tree.leaves((small, *args))
-        return jax.tree.unflatten(traced.out_tree, run(traced.graph, leaves))
-
-    return call
+    """`fn` for parameters cut by `dropped`, for any batch."""
+    shapes = {path: leaf.shape for path, leaf in leaf_paths(params).items()}
+    kept = {
+        path: {axis: np.delete(np.arange(shapes[path][axis]), gone) for axis, gone in axes.items()}
+        for path, axes in dropped.items()
+    }
+    return lambda *args: call(fn, shapes, kept, (0,), args)
 
 
-def check(fn: Callable, params: Any, x: Any, seed: int = 0, rtol: float = 2e-6) -> Any:
-    """Value and gradient of the shrunk function are those of the masked one; its groups."""
+def dropped_by(plan: jx.prune.Plan) -> Dropped:
+    return {
+        path: {
+            axis: np.setdiff1d(np.arange(plan.shapes[path][axis]), kept).tolist()
+            for axis, kept in axes.items()
+        }
+        for path, axes in plan.kept.items()
+    }
+
+
+def check(
+    fn: Callable, params: Any, x: Any, seed: int = 0, rtol: float = 2e-6, ratio: float = 0.5
+) -> Any:
+    """A random plan makes a function whose value and gradient are the masked one's; its groups."""
     groups = jx.groups(fn, params, x)
-    dropped = draw(groups, seed)
-    small = cut(params, dropped)
+    if not groups:
+        return groups
+    random = jx.prune.random(jax.random.key(seed))
+    plan = jx.prune.plan(fn, params, x, ratio=ratio, criterion=random)
+    dropped = dropped_by(plan)
+    small = plan.shrink(params)
+    close(small, cut(params, dropped), 0)
     zeroed = masked(params, dropped, groups.unmasked)
-    value, gradient = _value_and_gradient(shrunk(fn, params, dropped), small, x)
-    wanted, full = _value_and_gradient(fn, zeroed, x)
+    close(jax.jit(jx.prune.apply)(params, plan.masks(params)), zeroed, 0)
+    run = lambda small, zeroed: (_both(plan.rewrite(fn), small, x), _both(fn, zeroed, x))
+    (value, gradient), (wanted, full) = jax.jit(run, compiler_options=QUICKLY)(small, zeroed)
     close(value, wanted, rtol)
-    close(gradient, cut(full, dropped), 10 * rtol)
+    close(_no_float0(gradient), cut(_no_float0(full), dropped), 5 * rtol)
     return groups
 
 
-def _value_and_gradient(fn: Callable, params: Any, x: Any) -> Any:
+def _both(fn: Callable, params: Any, x: Any) -> Any:
+    """The value and its gradient."""
+
     def loss(params: Any) -> Any:
         out = fn(params, x)
         return sum(jnp.sum(jnp.sin(v)) for v in jax.tree.leaves(out)), out
 
-    both = jax.value_and_grad(loss, has_aux=True, allow_int=True)
-    (_, out), gradient = jax.jit(both, compiler_options=QUICKLY)(params)
-    return out, jax.tree.map(_no_float0, gradient)
+    (_, out), gradient = jax.value_and_grad(loss, has_aux=True, allow_int=True)(params)
+    return out, gradient
 
 
-def _no_float0(gradient: Any) -> Any:
-    return np.zeros(gradient.shape) if gradient.dtype == jax.dtypes.float0 else gradient
+def _no_float0(gradients: Any) -> Any:
+    none = lambda leaf: leaf.dtype == jax.dtypes.float0
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape) if none(leaf) else leaf, gradients)
 
 
 def close(a: Any, b: Any, rtol: float) -> None:
     """Equal up to `rtol` of the largest number of the whole tree."""
-    largest = max((float(jnp.abs(v).max()) for v in jax.tree.leaves(b) if v.size), default=0.0)
-    for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    wanted = [np.asarray(v) for v in jax.tree.leaves(b)]
+    largest = max((float(np.abs(v).max()) for v in wanted if v.size), default=0.0)
+    for u, v in zip(jax.tree.leaves(a), wanted, strict=True):
         assert u.shape == v.shape
         np.testing.assert_allclose(u, v, rtol=0, atol=rtol * (largest + 1e-3))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
-from zlib import crc32
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +19,6 @@ Criterion = Callable[[str, Float[Array, "..."]], Float[Array, "..."]]
 def magnitude(path: str, kernel: Float[Array, "..."]) -> Float[Array, "..."]:
     """A weight's absolute value (Han et al. 2015, arXiv:1506.02626)."""
     return jnp.abs(kernel)
-
-
-def random(key: Array) -> Criterion:
-    """Random scores in [0, 1): the control that any other criterion has to beat."""
-
-    def scores(path: str, kernel: Float[Array, "..."]) -> Float[Array, "..."]:
-        # Keyed by the path, so that leaving one layer out does not change the others.
-        return jax.random.uniform(jax.random.fold_in(key, crc32(path.encode())), kernel.shape)
-
-    return scores
 
 
 def masks(
