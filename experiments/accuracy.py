@@ -1,18 +1,21 @@
-"""What each compression costs in accuracy: the main job over paired seeds, with intervals.
+"""What each compression costs in accuracy: over paired seeds, with intervals.
 
     python -m experiments.accuracy --epochs 4                        # cluttered, 25 minutes
     python -m experiments.accuracy --dataset digits --epochs 20      # saturated, 3 minutes
 
-For each seed the networks of `experiments.mnist` are trained with the same initialisation, data
-order and number of steps, beside the controls that should be worse: the student without its
-teacher, and random instead of magnitude masks. Last epoch, not the best; the test set is read
-once per network, when all training of the seed is over. Differences are paired by seed.
+For each seed the teacher and the students of `experiments.mnist` are trained with the same
+initialisation, data order and number of steps; 80% of the student's pointwise and dense weights are
+set to zero; beside them stand the controls that should be worse: the student without its teacher,
+and random instead of magnitude masks. What removing channels costs: `experiments.pruning`. Last
+epoch, not the best; the test set is read once per network, when all training of the seed is over.
+Differences are paired by seed.
 
 2 cores (AMD EPYC), jax 0.10.2, 5 seeds: experiments/results/accuracy-cluttered.md and -digits.md.
 """
 
 import re
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,13 +36,30 @@ CLAIMS = (
 )
 
 
+SPARSITY = 0.8
+# The few weights of the first and of the depthwise convolutions stay, as in Zhu and Gupta 2017
+# (arXiv:1710.01878).
+PRUNED = {"*depthwise*": False, "*conv1*": False, "*": True}
+
+
+def masked(
+    job: mnist.Job, name: str, student: mnist.Network, teacher: mnist.Network, criterion: Any
+) -> mnist.Network:
+    """Most weights set to zero, the rest fine-tuned with the teacher's help."""
+    masks = jx.prune.masks(student.params, SPARSITY, criterion=criterion, where=PRUNED)
+    model = (student.fn, jx.prune.apply(student.params, masks))
+    method = f"{SPARSITY:.0%} of pointwise and dense weights zero, fine-tuned"
+    keep = jx.prune.keep(masks)
+    return job.fit(name, method, model, keep, tune=True, **mnist.follow(teacher))
+
+
 def trained(job: mnist.Job, splits: jx.data.Splits) -> list[mnist.Network]:
-    """The main job's networks and the control of its pruning."""
-    found = mnist.networks(job, splits)
-    teacher, student = found[0], found[2]
-    criterion = jx.prune.random(jax.random.key(job.seed))
-    control = mnist.pruned(job, student, teacher, criterion=criterion, name="random masks")
-    return [*found[:4], control, found[4]]
+    """Teacher and students, what masks and int8 weights leave of them, and the controls."""
+    teacher, alone, student = mnist.students(job, splits)
+    sparse = masked(job, "pruned", student, teacher, jx.prune.magnitude)
+    random = jx.prune.random(jax.random.key(job.seed))
+    control = masked(job, "random masks", student, teacher, random)
+    return [teacher, alone, student, sparse, control, mnist.quantized(sparse)]
 
 
 def study(splits: jx.data.Splits, epochs: int | None, seeds: range) -> dict[str, list[float]]:
@@ -56,10 +76,12 @@ def study(splits: jx.data.Splits, epochs: int | None, seeds: range) -> dict[str,
     return accuracies
 
 
-def claims(accuracies: dict[str, list[float]]) -> list[dict[str, Any]]:
+def claims(
+    accuracies: dict[str, list[float]], pairs: Sequence[tuple[str, str, str]] = CLAIMS
+) -> list[dict[str, Any]]:
     """Paired differences in points, with what may be said of them."""
     found = []
-    for claim, better, worse in CLAIMS:
+    for claim, better, worse in pairs:
         mean, half = jx.measure.paired(accuracies[better], accuracies[worse])[:2]
         said = "better" if mean > half else "worse" if mean < -half else "no difference shown"
         found.append(
@@ -112,7 +134,7 @@ def sizes(splits: jx.data.Splits) -> str:
     """What the student saves, and how much of it the pruning takes, in words."""
     teacher, student = costs(splits)
     _, params = jx.functional(networks.build(splits, 0, separable=True))
-    pruned = jx.prune.masks(params, mnist.SPARSITY, where=mnist.PRUNED)["params"]
+    pruned = jx.prune.masks(params, SPARSITY, where=PRUNED)["params"]
     gone = sum(int((~mask).sum()) for mask in jax.tree.leaves(pruned))
     share = gone / sum(leaf.size for leaf in jax.tree.leaves(params["params"]))
     return (

@@ -5,11 +5,11 @@
     python -m experiments.mnist --dataset mnist --data-dir FOLDER    # the four IDX files
     python -m experiments.mnist --dataset tfds:mnist --data-dir DIR  # a prepared TFDS data set
 
-Trains a network, distils it into a depthwise-separable student, prunes 80% of the student's
-pointwise and dense weights and fine-tunes, quantizes what is left to int8, and writes report.html,
-report.md, plots and results.json. Each row of the table says what a step bought and what it did
-not. Claims about accuracy rest on `experiments.accuracy`, which repeats this over seeds; one run
-here is one sample.
+Trains a network, distils it into a depthwise-separable student, removes channels of the student
+until half of its multiply-accumulates are left and fine-tunes, quantizes what is left to int8, and
+writes report.html, report.md, plots and results.json. Each row of the table says what a step bought
+and what it did not. Claims about accuracy rest on `experiments.accuracy` and `experiments.pruning`,
+which repeat the steps over seeds; one run here is one sample.
 """
 
 import functools
@@ -31,10 +31,7 @@ from experiments import common, report
 from experiments.networks import build
 
 BATCH = 64
-SPARSITY = 0.8
-# The few weights of the first and of the depthwise convolutions stay, as in Zhu and Gupta 2017
-# (arXiv:1710.01878).
-PRUNED = {"*depthwise*": False, "*conv1*": False, "*": True}
+BUDGET = 0.5  # share of the multiply-accumulates that pruning leaves
 STEPS = 800  # of each training, unless --epochs is given; fine-tuning takes half
 
 
@@ -89,13 +86,16 @@ class Job:
         self.epochs = epochs or max(1, round(STEPS / len(self.train)))
         self.seed, self.progress = seed, progress
 
-    def fit(self, name: str, method: str, model: Any, *last: Any, tune=False, **options) -> Network:
+    def fit(
+        self, name: str, method: str, model: Any, *last: Any, tune=False, peak=4e-3, **options
+    ) -> Network:
         """Train with Adam, one cycle; fine-tune for half as long.
 
-        `last` are optax transformations that end the chain, `options` those of the Accelerator.
+        `last` are optax transformations that end the chain, `peak` is the highest learning rate,
+        `options` are those of the Accelerator.
         """
         epochs = max(1, self.epochs // 2) if tune else self.epochs
-        schedule = optax.cosine_onecycle_schedule(epochs * len(self.train), 4e-3)
+        schedule = optax.cosine_onecycle_schedule(epochs * len(self.train), peak)
         acc = jx.Accelerator(
             model,
             optax.chain(optax.adam(schedule), *last),
@@ -128,14 +128,14 @@ def follow(teacher: Network) -> dict[str, Any]:
     return {"teacher": (teacher.fn, teacher.params), "loss": loss}
 
 
-def pruned(
-    job: Job, network: Network, teacher: Network, criterion=jx.prune.magnitude, name="pruned"
-) -> Network:
-    """Most weights set to zero, the rest fine-tuned with the teacher's help."""
-    masks = jx.prune.masks(network.params, SPARSITY, criterion=criterion, where=PRUNED)
-    model = (network.fn, jx.prune.apply(network.params, masks))
-    method = f"{SPARSITY:.0%} of pointwise and dense weights zero, fine-tuned"
-    return job.fit(name, method, model, jx.prune.keep(masks), tune=True, **follow(teacher))
+def pruned(job: Job, network: Network) -> Network:
+    """Channels removed, the smaller network fine-tuned by distillation from the whole one."""
+    image = next(iter(job.validation))["image"][:1]
+    plan = jx.prune.plan(network.fn, network.params, image, budget={"flops": BUDGET})
+    print(plan)
+    model = plan.module(network.fn.module(network.params))  # pyright: ignore[reportFunctionMemberAccess]
+    method = f"channels removed until {BUDGET:.0%} of the MACs are left, fine-tuned"
+    return job.fit("pruned", method, model, tune=True, **follow(network))
 
 
 def quantized(network: Network) -> Network:
@@ -145,15 +145,21 @@ def quantized(network: Network) -> Network:
     return Network("int8", fn, params, "the pruned student's weights in int8", [])
 
 
-def networks(job: Job, splits: jx.data.Splits) -> list[Network]:
-    """Teacher, student alone, distilled, pruned, quantized: each step on the one before."""
+def students(job: Job, splits: jx.data.Splits) -> tuple[Network, Network, Network]:
+    """The teacher, the student alone and the one that it taught."""
     model = build(splits, job.seed, separable=False)
     teacher = job.fit("teacher", "plain convolutions, float32", model)
     model = build(splits, job.seed, separable=True)
     alone = job.fit("student", "depthwise-separable, without a teacher", model)
-    student = job.fit("distilled", "depthwise-separable, with it", model, **follow(teacher))
-    sparse = pruned(job, student, teacher)
-    return [teacher, alone, student, sparse, quantized(sparse)]
+    distilled = job.fit("distilled", "depthwise-separable, with it", model, **follow(teacher))
+    return teacher, alone, distilled
+
+
+def networks(job: Job, splits: jx.data.Splits) -> list[Network]:
+    """Teacher, student alone, distilled, pruned, quantized: each step on the one before."""
+    teacher, alone, distilled = students(job, splits)
+    small = pruned(job, distilled)
+    return [teacher, alone, distilled, small, quantized(small)]
 
 
 def stored_bytes(params: Any) -> tuple[int, int]:
@@ -208,8 +214,12 @@ def run(args: Namespace, parser: common.Parser) -> None:
     samples = report.samples(found[-1].fn, found[-1].params, splits.test)
     seconds = time.perf_counter() - start
     facts = {"dataset": args.dataset, "sizes": sizes, "epochs": job.epochs, "seed": args.seed}
-    report.write(folder, rows, samples, facts | {"seconds": round(seconds, 1)})
-    print(f"\n{report.table(rows)}\n")
+    facts |= {
+        "seconds": round(seconds, 1),
+        "shapes": report.shapes(found[2].params, found[3].params),
+    }
+    report.write(folder, rows, samples, facts)
+    print(f"\n{report.table(rows)}\n\n{report.shape_table(facts)}\n")
     print("\n".join(report.verdicts(rows)))
     print(f"\n{seconds:.0f} s; open {folder / 'report.html'}")
 

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 import jaxaccel as jx
 from experiments import common
+from jaxaccel._graph import leaf_paths
 
 Rows = list[dict[str, Any]]
 COLUMNS = (
@@ -65,6 +66,22 @@ def table(rows: Rows, style: str = "text") -> str:
         for row in rows
     ]
     return jx.measure.table(COLUMNS, lines, style)  # pyright: ignore[reportArgumentType]
+
+
+def shapes(before: Any, after: Any) -> list[tuple[str, str, str]]:
+    """The kernels that pruning made smaller, each with both of its shapes."""
+    pairs = zip(leaf_paths(before).items(), jax.tree.leaves(after), strict=True)
+    written = lambda leaf: "x".join(map(str, leaf.shape))
+    return [
+        (path, written(leaf), written(small))
+        for (path, leaf), small in pairs
+        if leaf.ndim > 1 and leaf.shape != small.shape
+    ]
+
+
+def shape_table(facts: dict[str, Any], style: str = "text") -> str:
+    """What `shapes` found, as a table."""
+    return jx.measure.table(("kernel", "distilled", "pruned"), facts["shapes"], style)  # pyright: ignore[reportArgumentType]
 
 
 def verdicts(rows: Rows) -> list[str]:
@@ -130,7 +147,8 @@ def _summary(facts: dict[str, Any]) -> str:
 def _markdown(rows: Rows, facts: dict[str, Any], figures: list[str]) -> str:
     said = "\n".join(f"- {text}" for text in verdicts(rows))
     images = "\n".join(f"![{name}]({name})" for name in figures)
-    parts = ["# Digits, compressed", _summary(facts), table(rows, "markdown"), said, images]
+    tables = table(rows, "markdown"), shape_table(facts, "markdown")
+    parts = ["# Digits, compressed", _summary(facts), *tables, said, images]
     return "\n\n".join(parts) + "\n"
 
 
@@ -143,12 +161,6 @@ STYLE = (
 
 
 def _html(folder: Path, rows: Rows, facts: dict[str, Any], figures: list[str]) -> str:
-    cells = [line.strip("| ").split("|") for line in table(rows, "markdown").splitlines()]
-    head = "".join(f"<th>{html.escape(cell.strip())}</th>" for cell in cells[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell.strip())}</td>" for cell in line) + "</tr>"
-        for line in cells[2:]
-    )
     said = "".join(f"<li>{html.escape(text)}</li>" for text in verdicts(rows))
     images = "".join(
         f'<p><img alt="{name}" src="data:image/png;base64,{_base64(folder / name)}"></p>'
@@ -157,8 +169,16 @@ def _html(folder: Path, rows: Rows, facts: dict[str, Any], figures: list[str]) -
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Digits, compressed</title>'
         f"<style>{STYLE}</style><h1>Digits, compressed</h1><p>{html.escape(_summary(facts))}</p>"
-        f"<table><tr>{head}</tr>{body}</table><ul>{said}</ul>{images}</html>\n"
+        f"{_html_table(table(rows, 'markdown'))}{_html_table(shape_table(facts, 'markdown'))}"
+        f"<ul>{said}</ul>{images}</html>\n"
     )
+
+
+def _html_table(markdown: str) -> str:
+    head, _, *lines = [line.strip("| ").split("|") for line in markdown.splitlines()]
+    row = lambda kind, cells: "".join(f"<{kind}>{html.escape(c.strip())}</{kind}>" for c in cells)
+    body = "".join(f"<tr>{row('td', line)}</tr>" for line in lines)
+    return f"<table><tr>{row('th', head)}</tr>{body}</table>"
 
 
 def _base64(path: Path) -> str:
