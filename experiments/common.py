@@ -5,8 +5,9 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -61,6 +62,18 @@ def use_device(device: str, parser: Parser) -> None:
         jax.devices()
     except (RuntimeError, AssertionError):  # the second where no CUDA plugin is installed
         parser.exit(3, f"{parser.prog}: {NOT_MEASURED}: no {device} was found by JAX\n")
+
+
+def packages(parser: Parser, *names: str) -> list[Any]:
+    """The modules of peers, or an exit with one line where one is not installed."""
+    try:
+        return [import_module(name) for name in names]
+    except ImportError as error:
+        parser.exit(
+            3,
+            f"{parser.prog}: {NOT_MEASURED}: {error.name} is not installed; in the folder of the "
+            "repository, pip install -e '.[bench]'\n",
+        )
 
 
 def equations(graph: Graph) -> int:
@@ -122,9 +135,16 @@ def publish(
     note: str = "",
 ) -> None:
     """Prints a table; writes it to ``stem.md`` and the results to ``stem.json``."""
-    page = lambda style: "\n\n".join(
-        filter(None, (head or machine_line(), table(columns, lines, style), note))
-    )
+    write(stem, lambda style: paragraphs(head, table(columns, lines, style), note), results)
+
+
+def paragraphs(head: str | None, *parts: str) -> str:
+    """A page; what is empty is left out, the head is otherwise the machine."""
+    return "\n\n".join(filter(None, (head or machine_line(), *parts)))
+
+
+def write(stem: Path, page: Callable[[Any], str], results: dict[str, Any]) -> None:
+    """Prints a page as text; writes it as Markdown, and the results beside it."""
     print(f"\n{page('text')}")
     stem.with_suffix(".md").write_text(page("markdown") + "\n")
     write_json(stem.with_suffix(".json"), results)
