@@ -207,7 +207,7 @@ def test_a_schedule_ends_at_the_ratio():
     for bad in (-0.1, 1.0):
         with pytest.raises(ValueError, match=r"ratio=.* must be a number in \[0, 1\)"):
             jx.prune.schedule(bad, rounds=2)
-    with pytest.raises(ValueError, match="rounds=0 must be at least 1"):
+    with pytest.raises(ValueError, match="rounds=0 must be a whole number from 1"):
         jx.prune.schedule(0.5, rounds=0)
 
 
