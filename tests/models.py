@@ -1,11 +1,12 @@
 """The zoo: one list of small networks that parametrises every test of a transform."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen, nnx
 
 import jaxaccel as jx
@@ -98,3 +99,9 @@ ZOO = [
     Case("resnet20", from_nnx(jx.nn.ResNet, 20), (2, 16, 16, 3)),
     Case("mobilenet", from_nnx(jx.nn.MobileNet, 10, width=0.25), (2, 32, 32, 3)),
 ]
+
+
+def tiers(cases: Sequence[Case], long: Sequence[str] = ("mobilenet",)) -> list[Any]:
+    """For `pytest.mark.parametrize`: those that take longest are of the full tier."""
+    marks = lambda case: [pytest.mark.full] if case.name in long else []
+    return [pytest.param(case, id=case.name, marks=marks(case)) for case in cases]

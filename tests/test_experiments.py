@@ -45,7 +45,7 @@ def test_main_job_writes_its_report(tmp_path):
     assert results["machine"]["jax"] in html
 
 
-@pytest.mark.parametrize("side", [28, 56])
+@pytest.mark.parametrize("side", [28, pytest.param(56, marks=pytest.mark.full)])
 def test_the_student_is_smaller_and_its_few_kernels_stay_whole(side):
     part = jx.data.arrays(np.zeros((10, side, side, 1), np.uint8), np.arange(10))
     splits = jx.data.Splits(part, part, part)

@@ -14,7 +14,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxaccel import _dataflow, _graph
-from tests.models import ZOO, Case
+from tests.models import ZOO, Case, tiers
 from tests.networks import frameworks, sequence, vision
 from tests.networks.drawn import networks
 from tests.shrinking import QUICKLY
@@ -118,7 +118,7 @@ def check_everywhere(fn, params: Any, x: jax.Array) -> None:
         same_program(jax.vmap(fn, (None, 0)), jax.vmap(again, (None, 0)), *rows)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", tiers(CASES))
 def test_replay_is_the_function_and_its_gradient(case: Case):
     fn, params = case.build()
     check_everywhere(fn, params, case.images())

@@ -12,7 +12,7 @@ import jaxaccel as jx
 from jaxaccel._select import flatten
 from jaxaccel.quantize import QTensor
 from tests import oracles
-from tests.models import ZOO
+from tests.models import ZOO, tiers
 
 ARRAYS = hnp.arrays(
     np.float32,
@@ -56,7 +56,7 @@ def test_dequantize_returns_to_the_type(dtype):
     )
 
 
-@pytest.mark.parametrize("case", ZOO, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", tiers(ZOO))
 def test_quantized_networks_stay_close_under_jit(case):
     fn, params = case.build()
     x = case.images()

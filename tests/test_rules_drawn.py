@@ -4,7 +4,7 @@ from math import prod
 from typing import Any
 
 import jax.numpy as jnp
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
@@ -45,6 +45,7 @@ def _ordered(sizes, order):
     return shape(*(sizes[order.index(k)] for k in range(len(sizes))))
 
 
+@settings(max_examples=15)
 @given(convolutions(), seeds)
 def test_convolutions(drawn, seed):
     jx.check_rule(*drawn, seed=seed)
@@ -69,6 +70,7 @@ def products(draw):
     return lambda a, b: lax.dot_general(a, b, dims), *sides
 
 
+@settings(max_examples=15)
 @given(products(), seeds)
 def test_products(drawn, seed):
     jx.check_rule(*drawn, seed=seed)
