@@ -282,7 +282,7 @@ def page(found: dict[str, list[dict[str, Any]]], times: Any, head: str, style: A
     columns = ("network", "batch", "unpruned, ms", "l1, ms", "ratio", "25%", "75%")
     parts.append(jx.measure.table(columns, times, style))
     parts.append("Costs: first seed. Ratio: l1 over unpruned within a round, quartiles.")
-    return "\n\n".join(parts)
+    return common.paragraphs(*parts)
 
 
 def words(runs: list[dict[str, Any]]) -> str:
