@@ -58,8 +58,9 @@ def test_300_random_networks():
 
 
 @pytest.mark.full
-def test_5000_random_networks():
-    random_networks(count=5000, steps=10)
+@pytest.mark.parametrize("half", range(2))
+def test_5000_random_networks(half):
+    random_networks(count=2500, steps=10)
 
 
 def random_networks(count: int, steps: int) -> None:
