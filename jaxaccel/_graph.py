@@ -15,11 +15,11 @@ import jax.core
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.extend import source_info_util
 from jaxtyping import Array
 
 Literal = jex.Literal
+TUNED = "tuned_"  # before the name of the primitive that an op with a tuner stands for
 
 
 class Value:
@@ -59,7 +59,11 @@ _CALLS = {
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """One equation: `outputs` are `primitive` of `inputs` under the static `params`."""
+    """One equation: `outputs` are `primitive` of `inputs` under the static `params`.
+
+    An op that chooses its form is the op it stands for, with a `tuner`. `run` may be told to
+    bind another primitive, or changed parameters.
+    """
 
     name: str
     params: dict[str, Any]
@@ -69,6 +73,7 @@ class Node:
     bodies: tuple["Graph", ...] = ()
     info: Any = None
     effects: bool = False
+    tuner: Any = None
 
     @property
     def source(self) -> str:
@@ -112,7 +117,7 @@ def trace(fn: Callable, *args: Any) -> Trace:
     if not arguments[0]:
         raise TypeError(f"params: {args[0]!r} has no arrays; fn takes its parameters first")
     avals = [
-        jax.tree.unflatten(jax.tree.structure(arg), [_aval(p, v) for p, v in leaves.items()])
+        jax.tree.unflatten(jax.tree.structure(arg), [aval_of(p, v) for p, v in leaves.items()])
         for arg, leaves in zip(args, arguments, strict=True)
     ]
     closed, shapes = jax.make_jaxpr(lambda *a: _checked(fn(*a)), return_shape=True)(*avals)
@@ -151,7 +156,7 @@ def leaves_with_keys(tree: Any) -> Iterator[tuple[list[str], Any]]:
             yield [key for key in text.split("/") if key], leaf
 
 
-def _aval(path: str, leaf: Any) -> Any:
+def aval_of(path: str, leaf: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and hasattr(leaf, "update"):
@@ -164,6 +169,12 @@ def _aval(path: str, leaf: Any) -> Any:
             f"{path or 'params'}: expected an array, got {type(leaf).__name__}{kind}; "
             "fn takes pytrees of arrays (close over anything else)"
         ) from None
+
+
+def graph_of(fn: Callable, *avals: Any) -> tuple[Graph, Any]:
+    """The graph of ``fn(*avals)``, as it is traced, and the tree of its result."""
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*avals)
+    return _graph(closed), jax.tree.structure(shapes)
 
 
 def _checked(result: Any) -> Any:
@@ -202,17 +213,21 @@ def _graph(closed: Any) -> Graph:
 
 
 def _node(eqn: Any, inputs: list[Atom], outputs: list[Value]) -> Node:
-    name, params = eqn.primitive.name, eqn.params
+    params = dict(eqn.params)
+    tuner = params.pop("tuner", None) if eqn.primitive.name.startswith(TUNED) else None
+    name = eqn.primitive.name.removeprefix(TUNED) if tuner else eqn.primitive.name
 
-    def run(operands: Sequence[Array], **changed: Any) -> list[Array]:
-        bound = eqn.primitive.get_bind_params(params | changed)
+    def run(operands: Sequence[Array], other: Any = None, **changed: Any) -> list[Array]:
+        primitive = other or eqn.primitive
+        bound = primitive.get_bind_params((params if other else eqn.params) | changed)
         with ExitStack() as stack:
             _enter(eqn, stack)
-            result = eqn.primitive.bind(*operands, **bound)
-        return list(result) if eqn.primitive.multiple_results else [result]
+            result = primitive.bind(*operands, **bound)
+        return list(result) if primitive.multiple_results else [result]
 
     bodies = tuple(_graph(jaxpr) for jaxpr in _bodies(name, params))
-    return Node(name, params, inputs, outputs, run, bodies, eqn.source_info, bool(eqn.effects))
+    info, effects = eqn.source_info, bool(eqn.effects)
+    return Node(name, params, inputs, outputs, run, bodies, info, effects, tuner)
 
 
 def _enter(eqn: Any, stack: ExitStack) -> None:
@@ -295,61 +310,6 @@ def _same_rank(outside: Iterable[Atom], inside: Iterable[Atom]) -> int:
     return sum(len(shape_of(a)) == len(shape_of(b)) for a, b in pairs)
 
 
-def rerun(node: Node, operands: Sequence[Any], bodies: Sequence[Body]) -> list[Any]:
-    """Runs a call or a loop with other bodies, whose operands may have other shapes."""
-    if node.name == "scan":
-        return _scan(node, operands, bodies[0])
-    if node.name == "while":
-        consts, body_consts, _ = loop(node)
-        first, second, carry = _split(operands, consts, body_consts)
-        return list(
-            lax.while_loop(
-                lambda state: bodies[0](*first, *state)[0],
-                lambda state: tuple(bodies[1](*second, *state)),
-                tuple(carry),
-            )
-        )
-    if node.name == "cond":
-        index, *rest = operands
-        index = lax.convert_element_type(index, np.int32)
-        return list(lax.switch(index, [lambda *a, b=b: tuple(b(*a)) for b in bodies], *rest))
-    called = lambda *a: tuple(bodies[0](*a))
-    if node.name == "remat2":
-        kept = {name: node.params[name] for name in ("prevent_cse", "policy")}
-        called = jax.checkpoint(called, **kept)
-    elif node.name == "jit":
-        called.__name__ = node.params["name"]
-        called = jax.jit(called, **_shardings(node.params))
-    return list(called(*operands))
-
-
-def _scan(node: Node, operands: Sequence[Any], body: Body) -> list[Any]:
-    num_consts, _, num_carry = loop(node)
-    consts, init, xs = _split(operands, num_consts, num_carry)
-
-    def step(carry: Any, x: Any) -> Any:
-        out = body(*consts, *carry, *x)
-        return tuple(out[:num_carry]), tuple(out[num_carry:])
-
-    kept = {name: node.params[name] for name in ("length", "reverse", "unroll")}
-    carry, ys = lax.scan(step, tuple(init), tuple(xs), **kept)
-    return [*carry, *ys]
-
-
-def _split(items: Sequence[Any], first: int, second: int) -> tuple[list, list, list]:
-    both = first + second
-    return list(items[:first]), list(items[first:both]), list(items[both:])
-
-
-def _shardings(params: Mapping[str, Any]) -> dict[str, Any]:
-    given = {}
-    for name in ("in_shardings", "out_shardings"):
-        wanted = [s if isinstance(s, jax.sharding.Sharding) else None for s in params[name]]
-        if any(wanted):
-            given[name] = tuple(wanted)
-    return given
-
-
 def jvp_graph(node: Node, active: Sequence[int]) -> Graph:
     """The graph of ``(*operands, *tangents of the active operands) -> (*outputs, *tangents)``."""
 
@@ -359,7 +319,7 @@ def jvp_graph(node: Node, active: Sequence[int]) -> Graph:
         return *outputs, *(t for t in moved if t.dtype != jax.dtypes.float0)
 
     avals = [atom.aval for atom in node.inputs]
-    return _graph(jax.make_jaxpr(jvp)(*avals, *(avals[i].to_tangent_aval() for i in active)))
+    return graph_of(jvp, *avals, *(avals[i].to_tangent_aval() for i in active))[0]
 
 
 def vjp_graph(node: Node, active: Sequence[int], results: Sequence[int]) -> Graph:
@@ -372,7 +332,7 @@ def vjp_graph(node: Node, active: Sequence[int], results: Sequence[int]) -> Grap
 
     avals = [atom.aval for atom in node.inputs]
     outs = [node.outputs[i].aval.to_tangent_aval() for i in results]
-    return _graph(jax.make_jaxpr(vjp)(*avals, *outs))
+    return graph_of(vjp, *avals, *outs)[0]
 
 
 def _of_active(

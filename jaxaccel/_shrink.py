@@ -13,6 +13,7 @@ from jaxaccel import _graph
 from jaxaccel._axes import OPAQUE, Axes, Axis, Free, Labels
 from jaxaccel._graph import Graph, Node, is_float
 from jaxaccel._labels import Labelling
+from jaxaccel._rewritten import rerun
 from jaxaccel._rules import Cut, cotangent, rule_of
 
 
@@ -111,7 +112,7 @@ class Shrunk:
             return _custom_jvp(self, node, bodies[0], operands)
         if node.name == "custom_vjp_call":
             return _custom_vjp(self, node, bodies[0], operands)
-        return _graph.rerun(node, operands, bodies)
+        return rerun(node, operands, bodies)
 
     def derived(
         self, graph: Graph, axes: Sequence[Axes], wanted: Sequence[Axes]

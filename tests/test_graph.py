@@ -14,6 +14,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxaccel import _dataflow, _graph
+from jaxaccel._rewritten import rerun
 from tests.models import ZOO, Case, tiers
 from tests.networks import frameworks, sequence, vision
 from tests.networks.drawn import networks
@@ -188,7 +189,7 @@ def test_rerun_with_the_same_bodies_is_the_call():
             return None
         seen.add(node.name)
         bodies = [lambda *a, body=body: _graph.run(body, a, rule) for body in node.bodies]
-        return _graph.rerun(node, operands, bodies)
+        return rerun(node, operands, bodies)
 
     run = jax.jit(lambda p, x: _graph.run(traced.graph, jax.tree.leaves((p, x)), rule))
     same(jax.tree.leaves(jax.jit(rich)(RICH, x)), run(RICH, x))
