@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxaccel import nn
+import jaxaccel as jx
+from jaxaccel import _tuned, nn
+from jaxaccel._forms import rule
+from jaxaccel._graph import trace
 from jaxaccel._select import flatten
 from jaxaccel.nn import _residual
 from tests.nn_reference import (
@@ -198,7 +201,7 @@ def test_overlapping_pooling_pads_by_one_pixel():
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
     expected = windows[:, ::2, ::2].max((4, 5))
-    np.testing.assert_array_equal(_residual._pool_3x3(x), expected)
+    np.testing.assert_array_equal(_tuned.max_pool(x, 3, strides=2, pad=1), expected)
 
 
 def test_the_parameter_free_shortcut_subsamples_and_appends_zero_channels():
@@ -347,13 +350,15 @@ def test_training_under_plain_jit_after_a_split(model, shape):
     assert any(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
 
-def test_depthwise_stages_take_the_form_of_the_backend(monkeypatch):
-    model = abstract(nn.MobileNet, 10)
-    convolutions = lambda: program(model, 1, 32, 32, 3).count("conv_general_dilated[")
+def test_depthwise_stages_take_the_form_of_the_backend():
+    fn, params = jx.functional(abstract(nn.MobileNet, 10))
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    nodes = trace(fn, jax.eval_shape(lambda: params), image).graph.nodes
+    ops = [_tuned.op_of(node) for node in nodes if node.tuner == _tuned.RULES]
     # 17 of the 52 convolutions are depthwise: multiply-adds on CPU.
-    assert convolutions() == 52 - 17
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert convolutions() == 52
+    assert len(ops) == 52
+    assert sum(rule(op, "cpu") == "shifted" for op in ops) == 17
+    assert {rule(op, "cuda") for op in ops} == {"xla"}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxaccel import _forms
+from jaxaccel import _tuned
 from jaxaccel.nn._layers import HE, DepthwiseSeparable, Images, Logits, check_dropout, conv
 
 
@@ -114,7 +114,7 @@ class ConvNet(nnx.Module):
             x = getattr(self, name)(x)
             if name == self.convs[-1]:
                 x = self.channel_dropout(x)
-            x = jax.nn.relu(_forms.max_pool(x, 2))
+            x = jax.nn.relu(_tuned.max_pool(x, 2))
         x = x.reshape(x.shape[0], -1)
         for name in self.hidden:
             x = self.dropout(jax.nn.relu(getattr(self, name)(x)))

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxaccel import _forms
+from jaxaccel import _tuned
 
 Images: TypeAlias = Float[Array, "batch height width channel"]
 Logits: TypeAlias = Float[Array, "batch num_classes"]
@@ -108,8 +108,9 @@ class DepthwiseSeparable(nnx.Module):
 def conv(
     in_features: int, out_features: int, kernel_size: int, rngs: nnx.Rngs, **options: Any
 ) -> nnx.Conv:
-    size = (kernel_size, kernel_size)
-    return nnx.Conv(in_features, out_features, size, kernel_init=HE, rngs=rngs, **options)
+    size, form = (kernel_size, kernel_size), _tuned.conv_general_dilated
+    options = {"kernel_init": HE, "conv_general_dilated": form, **options}
+    return nnx.Conv(in_features, out_features, size, rngs=rngs, **options)
 
 
 def bare_conv(
@@ -121,8 +122,7 @@ def bare_conv(
 
 
 def depthwise(features: int, kernel_size: int, rngs: nnx.Rngs, **options: Any) -> nnx.Conv:
-    form = {"feature_group_count": features, "conv_general_dilated": _forms.depthwise_conv}
-    return conv(features, features, kernel_size, rngs, **form, **options)
+    return conv(features, features, kernel_size, rngs, feature_group_count=features, **options)
 
 
 def norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
@@ -134,7 +134,7 @@ def activate(x: Images, norm: nnx.BatchNorm | None) -> Images:
 
 
 def pooled(x: Images, pool: int | None) -> Images:
-    return x if pool is None else _forms.max_pool(x, pool)
+    return x if pool is None else _tuned.max_pool(x, pool)
 
 
 def check_dropout(dropout: float) -> None:

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
+from jaxaccel._tuned import max_pool
 from jaxaccel.nn._layers import (
     Images,
     Logits,
@@ -84,7 +84,7 @@ class ResNet(nnx.Module):
         """The logits of ``x``."""
         x = jax.nn.relu(self.norm1(self.conv1(x)))
         if self.imagenet:
-            x = _pool_3x3(x)
+            x = max_pool(x, 3, strides=2, pad=1)
         for block in self.blocks:
             x = block(x)
         return self.classifier(x.mean((1, 2)))
@@ -233,12 +233,6 @@ def _residual_blocks(depth: int, width: int, rngs: nnx.Rngs) -> list[_Residual]:
             blocks.append(_Residual(in_features, features, strides, **kind))
             in_features = features
     return blocks
-
-
-def _pool_3x3(x: Images) -> Images:
-    """Overlapping squares, every second pixel."""
-    pads = ((0, 0), (1, 1), (1, 1), (0, 0))
-    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pads)
 
 
 def _divisible(channels: float) -> int:

@@ -1,0 +1,257 @@
+"""Equivalent forms of an op: the same sum, arranged the way a backend runs it fastest.
+
+`FORMS` is the table: name of a primitive -> name of a form -> the form, and when it applies.
+`rule` chooses without timing; `jaxaccel.autotune` times what `candidates` names.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxaccel._forms import _contracted, _conv, _depthwise, _pooling
+from jaxaccel._forms._conv import (
+    Conv,
+    alone,
+    canonical,
+    conv_of,
+    out_size,
+    phases,
+    shapes_of,
+    split,
+)
+
+XLA = "xla"  # the op itself
+# Every tap or place is an operation of the compiled program: beyond 7x7 compiling costs more than
+# it saves.
+_MAX_TAPS = 49
+_MAX_GROUPS = 16  # of channels, with a convolution each
+_MAX_PHASES = 9
+_THIN = 32  # channels
+_WIDE = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One call of a primitive: its operands' shapes and dtypes, and its static parameters."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[Any, ...]
+    params: Mapping[str, Any]
+
+    @cached_property
+    def conv(self) -> Conv:
+        return conv_of(self.params, self.dtypes[0])
+
+    @cached_property
+    def images(self) -> tuple[int, ...]:
+        """NHWC."""
+        return shapes_of(self.params, *self.shapes)[0]
+
+    @cached_property
+    def kernel(self) -> tuple[int, ...]:
+        """HWIO."""
+        return shapes_of(self.params, *self.shapes)[1]
+
+    @cached_property
+    def places(self) -> tuple[int, ...]:
+        """Height and width of a convolution's result."""
+        return out_size(self.images, self.kernel, self.conv)
+
+    @cached_property
+    def terms(self) -> int:
+        """How many products are summed for one number of the result."""
+        return prod(self.kernel[:3]) if self.name == "conv_general_dilated" else 1
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for equal calls: what a timing is kept under."""
+        operands = zip(self.dtypes, self.shapes, strict=True)
+        written = (f"{np.dtype(d).name}[{','.join(map(str, s))}]" for d, s in operands)
+        static = (f"{k}={_plain(v)}" for k, v in sorted(self.params.items()) if v is not None)
+        return " ".join((self.name, *written, *static))
+
+
+def _plain(value: Any) -> str:
+    """Static parameters as text; NumPy's integers like Python's."""
+    if isinstance(value, tuple | list):
+        return "(" + ",".join(map(_plain, value)) + ")"
+    return getattr(value, "name", None) or str(value)
+
+
+class Form(NamedTuple):
+    """`run(*operands, **params)` equals the primitive wherever ``applies(op)``."""
+
+    run: Callable[..., Array]
+    applies: Callable[[Op], bool]
+
+
+def candidates(op: Op) -> dict[str, Form]:
+    """The forms that this call can take, besides the op itself."""
+    valid = _VALID.get(op.name)
+    if valid is None or not valid(op):
+        return {}
+    return {name: form for name, form in FORMS[op.name].items() if form.applies(op)}
+
+
+def rule(op: Op, platform: str) -> str:
+    """The name of the form to take where nothing is timed."""
+    if platform != "cpu":
+        return XLA
+    possible = candidates(op)
+    return next((name for name in _PREFERRED[op.name](op) if name in possible), XLA)
+
+
+def _sized(op: Op) -> bool:
+    return all(jnp.issubdtype(d, jnp.floating) for d in op.dtypes) and all(map(prod, op.shapes))
+
+
+def _valid_conv(op: Op) -> bool:
+    axes = len(op.params["window_strides"])
+    return axes in (1, 2) and _sized(op) and op.dtypes[0] == op.dtypes[1] and min(op.places) > 0
+
+
+def _valid_pool(op: Op) -> bool:
+    """Windows of whole pixels, each with at least one that is no edge."""
+    p = op.params
+    dilations = (*p.get("base_dilation", ()), *p.get("window_dilation", ()))
+    select = p.get("select_prim")
+    edges = zip(p["padding"], p["window_dimensions"], strict=True)
+    return (
+        _sized(op)
+        and all(d == 1 for d in dilations)
+        and (select is None or select.name == "ge")
+        and 1 < prod(p["window_dimensions"]) <= _MAX_TAPS
+        and prod(p["window_strides"]) <= _MAX_TAPS
+        and all(0 <= low < w and 0 <= high < w for (low, high), w in edges)
+        and all(
+            n + low + high >= w
+            for n, (low, high), w in zip(
+                op.shapes[-1], p["padding"], p["window_dimensions"], strict=True
+            )
+        )
+    )
+
+
+def _dense(op: Op) -> bool:
+    return op.conv.groups == op.conv.batch_groups == 1
+
+
+def _few_taps(op: Op) -> bool:
+    return prod(op.kernel[:2]) <= _MAX_TAPS
+
+
+def _few_places(op: Op) -> bool:
+    """What the gradient of a kernel is: a large window at few places."""
+    return prod(op.places) <= _MAX_TAPS and prod(op.kernel[:2]) >= prod(op.places)
+
+
+def _several_taps(op: Op) -> bool:
+    return 1 < prod(op.kernel[:2]) <= _MAX_TAPS
+
+
+def _thin(place: int) -> Callable[[Op], bool]:
+    """Few channels into the kernel (2) or out of it (3); with more, XLA's own is no slower."""
+    return lambda op: op.kernel[place] <= _THIN
+
+
+def _thin_images(op: Op) -> bool:
+    """The same for a kernel's gradient, whose images have the channels first."""
+    return op.images[0] <= 2 * _THIN
+
+
+def _each_channel(op: Op) -> bool:
+    return op.conv.groups == op.images[3] and op.kernel[2] == op.conv.batch_groups == 1
+
+
+def _each_image(op: Op) -> bool:
+    return op.conv.batch_groups == op.images[0] > 1 == op.conv.groups
+
+
+def _few_groups(op: Op) -> bool:
+    return 1 < op.conv.groups * op.conv.batch_groups <= _MAX_GROUPS
+
+
+def _gaps(op: Op) -> bool:
+    """Images spread by their dilation, under a kernel that is not, which moves by one."""
+    gaps, ones = op.conv.lhs_dilation, op.conv.strides + op.conv.rhs_dilation
+    return 1 < prod(gaps) <= _MAX_PHASES and set(ones) == {1}
+
+
+def _by_one(op: Op) -> bool:
+    return op.conv.strides == (1, 1)
+
+
+def _single(op: Op) -> bool:
+    """A dtype that XLA:CPU gives to one of two libraries."""
+    return op.dtypes[0] == np.float32 and op.conv.dtype == np.float32
+
+
+def _few_numbers(op: Op) -> bool:
+    """No convolution of each channel alone, which both libraries do badly."""
+    return op.conv.groups * op.conv.batch_groups <= _MAX_GROUPS
+
+
+def _both(*conditions: Callable[[Op], bool]) -> Callable[[Op], bool]:
+    return lambda op: all(condition(op) for condition in conditions)
+
+
+def _itself(x: Array, kernel: Array, conv: Conv) -> Array:
+    return conv(x, kernel)
+
+
+_ONE_TAP = _both(_dense, lambda op: op.kernel[:2] == (1, 1))
+_ONE_PLACE = _both(_dense, lambda op: op.places == (1, 1))
+_PLACES = _both(_dense, _few_places, _thin_images, lambda op: op.places > (1, 1))
+_TAPS = _both(_dense, _several_taps, _thin(2))
+_CHANNELS = _both(_each_channel, _few_taps)
+_CONVS = {
+    "shifted": (alone(_depthwise.shifted), _CHANNELS),
+    "phases, shifted": (alone(phases(_depthwise.shifted)), _both(_CHANNELS, _gaps)),
+    "summed": (_depthwise.summed, _both(_each_image, _few_places)),
+    "spread": (_conv.spread, _both(_single, _few_numbers)),
+    "phases": (phases(_itself), _both(_dense, _gaps)),
+    "phases, spread": (phases(_conv.spread), _both(_dense, _single, _gaps)),
+    "split": (split(_itself), _few_groups),
+    "split, spread": (split(_conv.spread), _both(_few_groups, _single)),
+    "product": (_contracted.im2col, _ONE_TAP),
+    "im2col": (_contracted.im2col, _TAPS),
+    "row im2col": (_contracted.row_im2col, _both(_TAPS, lambda op: min(op.kernel[:2]) > 1)),
+    "summed dots": (_contracted.summed_dots, _TAPS),
+    "scattered dots": (_contracted.scattered_dots, _both(_dense, _several_taps, _thin(3), _by_one)),
+    "window product": (_contracted.gathered, _ONE_PLACE),
+    "gathered": (_contracted.gathered, _PLACES),
+    "gathered rows": (_contracted.gathered_rows, _both(_PLACES, lambda op: min(op.places) > 1)),
+    "by place": (_contracted.by_place, _PLACES),
+}
+FORMS: dict[str, dict[str, Form]] = {
+    "conv_general_dilated": {
+        name: Form(canonical(run), applies) for name, (run, applies) in _CONVS.items()
+    },
+    "reduce_window_max": {"maxima": Form(_pooling.maxima, _valid_pool)},
+    "select_and_scatter_add": {"scattered": Form(_pooling.scattered, _valid_pool)},
+    # Its transpose is the above. Where values tie, XLA's choice here is not the first.
+    "select_and_gather_add": {},
+}
+_VALID = dict.fromkeys(FORMS, _valid_pool) | {"conv_general_dilated": _valid_conv}
+
+
+def _preferred_conv(op: Op) -> tuple[str, ...]:
+    """Of a survey of shapes on a 2-core CPU; see `experiments.depthwise` and `.benchmark`."""
+    first = ("phases, shifted", "shifted", "summed", "product", "window product")
+    wide = op.kernel[3] >= _WIDE and _several_taps(op)
+    return (*first, "spread") if _dense(op) and (wide or _few_places(op)) else first
+
+
+_PREFERRED: dict[str, Callable[[Op], tuple[str, ...]]] = {
+    "conv_general_dilated": _preferred_conv,
+    "reduce_window_max": lambda op: ("maxima",),
+    "select_and_scatter_add": lambda op: ("scattered",),
+    "select_and_gather_add": lambda op: (),
+}
