@@ -5,8 +5,8 @@ itself imports neither flax nor optax.
 
 >>> import jaxaccel as jx
 >>> sorted(name for name in dir(jx) if not name.startswith("_"))
-['Accelerator', 'augment', 'check_rule', 'data', 'distill', 'fold', 'functional', 'groups',
- 'measure', 'nn', 'prune', 'quantize', 'register_rule']
+['Accelerator', 'augment', 'autotune', 'check_rule', 'data', 'distill', 'fold', 'functional',
+ 'groups', 'measure', 'nn', 'prune', 'quantize', 'register_rule']
 """
 
 from importlib import import_module
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxaccel import nn as nn
     from jaxaccel import prune as prune
     from jaxaccel import quantize as quantize
+    from jaxaccel._autotune import autotune as autotune
     from jaxaccel._check_rule import check_rule as check_rule
     from jaxaccel._functional import functional as functional
     from jaxaccel._groups import groups as groups
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 _MODULES = ("augment", "data", "distill", "fold", "measure", "nn", "prune", "quantize")
 _NAMES = {
     "Accelerator": "train",
+    "autotune": "_autotune",
     "check_rule": "_check_rule",
     "functional": "_functional",
     "groups": "_groups",

@@ -11,11 +11,12 @@ import pytest
 import jaxaccel
 
 ROOT = Path(jaxaccel.__file__).parent
-TOOLS = {"nn", "augment", "data", "train", "measure", "_forms"}
+TOOLS = {"nn", "augment", "data", "train", "measure", "_forms", "_tuned"}
 TRANSFORMS = {"fold", "prune", "quantize", "distill"}
 # Each may import those before it.
 LAYERS = [
-    *("_graph", "_dataflow", "_disjoint", "_axes", "_rules", "_labels", "_shrink", "_table"),
+    *("_graph", "_rewritten", "_dataflow", "_disjoint", "_axes", "_rules", "_labels", "_shrink"),
+    *("_table", "_forms", "_tuned", "_timing", "_choices", "_forms_report", "_autotune"),
     *("_groups", "_check_rule", "fold", "_select", "_functional", "measure", "quantize", "prune"),
 ]
 

@@ -1,0 +1,277 @@
+"""`jx.autotune`: every convolution and pooling in the form that this backend runs fastest."""
+
+import functools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.core
+from rich.console import Console
+from rich.progress import Progress
+
+from jaxaccel import _graph
+from jaxaccel._choices import Choices, digest
+from jaxaccel._forms import FORMS, XLA, Op, candidates, rule
+from jaxaccel._forms_report import Report, Row, Whole
+from jaxaccel._graph import Graph, Node, shape_of
+from jaxaccel._rewritten import flat_graph
+from jaxaccel._timing import synthetic, timed
+from jaxaccel._tuned import has_forms, op_of, original, tuned
+
+# A form is taken if it is faster by more than what two timings of the same code differ.
+_WORTH = 0.97
+_ROUNDS_OF_WHOLE = 9
+_JIT_TRACER = "DynamicJaxprTracer"  # its name is all that the public API tells of it
+
+
+def autotune(
+    fn: Callable,
+    *,
+    mode: Literal["measure", "rules"] = "measure",
+    cache: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> "Autotuned":
+    """The same function, its convolutions and poolings in the form that is fastest here.
+
+    Every convolution, max pooling and gradient of these is timed in several equivalent forms, for
+    its exact shapes, dtypes and parameters, on random numbers, when it is first compiled. A form
+    whose result differs by more than rounding is not taken. Then the whole function is timed
+    against the original; where it is not faster, the original is what runs. What was found is
+    kept on disk and is not timed again on the same machine with the same versions.
+
+    `fn` may be a forward function that is differentiated afterwards, or a whole training step.
+    Forms are chosen when a call is lowered, for every derivative by itself, so that `jax.grad`,
+    `jax.jvp`, `jax.vmap` and all their compositions work as on `fn`. Where the result is
+    differentiated or batched afterwards, and under `jax.jit` where several devices are visible,
+    single calls are timed but not the whole, which is not what will run.
+
+    Nothing is timed, and rules decide, with ``mode="rules"``, where there is more than one
+    process, and for a computation on more than one device: all hosts must choose alike.
+
+    Args:
+        fn: any JAX function of pytrees of arrays.
+        mode: "measure", or "rules" to decide without timing: for ahead-of-time compilation,
+            export and several hosts.
+        cache: folder for what was timed; ``$JAXACCEL_CACHE``, else ``~/.cache/jaxaccel``.
+        progress: draw a bar while timing takes longer than a moment.
+
+    Returns:
+        A function with a `report` of each choice and its gain.
+
+    Raises:
+        ValueError: for another mode.
+        TypeError: where `fn` cannot be called; when called, where an argument is no array.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> layout = ("NHWC", "HWIO", "NHWC")
+        >>> def depthwise(kernel, x):
+        ...     return jax.lax.conv_general_dilated(
+        ...         x, kernel, (1, 1), "SAME", dimension_numbers=layout, feature_group_count=8)
+        >>> fast = jax.jit(autotune(depthwise, mode="rules"))
+        >>> fast(jnp.ones((3, 3, 1, 8)), jnp.ones((1, 5, 5, 8))).shape
+        (1, 5, 5, 8)
+    """
+    if mode not in ("measure", "rules"):
+        raise ValueError(f'mode: {mode!r} is neither "measure" nor "rules"')
+    if not callable(fn):
+        raise TypeError(f"fn: {fn!r} cannot be called; give a function of arrays")
+    return Autotuned(fn, mode, Choices(cache), progress)
+
+
+class Autotuned:
+    """What `autotune` returns."""
+
+    def __init__(self, fn: Callable, mode: str, choices: Choices, progress: bool) -> None:
+        functools.update_wrapper(self, fn)
+        self._fn, self._progress = fn, progress
+        self._tuner = Measured(choices, mode == "measure")
+
+    def __repr__(self) -> str:
+        """The original function."""
+        return f"<jx.autotune of {getattr(self._fn, '__name__', self._fn)!s}>"
+
+    @property
+    def report(self) -> Report:
+        """What was chosen in the calls so far, and what it gained."""
+        return Report(tuple(self._tuner.used.values()), self._tuner.whole)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The result of `fn`."""
+        graph, leaves, out_tree = flat_graph(self._fn, args, kwargs)
+        run = self._chosen(graph, leaves)
+        return jax.tree.unflatten(out_tree, run(graph, leaves))
+
+    def _chosen(self, graph: Graph, leaves: Sequence[Any]) -> Callable:
+        """How to run this call: tuned, or as it was traced."""
+        own = lambda graph, leaves: tuned(graph, leaves, self._tuner)
+        if not (self._tuner.measures and _stands_alone(graph, leaves)):
+            return own
+        nodes = list(_tunable(graph))
+        ops = {op.key: op for op in map(op_of, nodes)}.values()
+        with _bar(self._progress, len(ops) + 1) as tick:
+            for op in ops:
+                self._tuner.form(op)
+                tick()
+            forms = [self._tuner.form(op) for op in ops]
+            changes = any(form != XLA for form in forms) or any(node.tuner for node in nodes)
+            faster = changes and (not _can_be_run(graph) or self._faster(graph, forms))
+        self._tuner.choices.save()
+        return own if faster else _graph.run
+
+    def _faster(self, graph: Graph, forms: Sequence[str]) -> bool:
+        """Whether the whole function gains; it is timed on random numbers."""
+        avals = [value.aval for value in graph.inputs]
+        key = f"whole {digest(_described(graph), list(map(str, avals)), forms)}"
+        row = self._tuner.choices.get(key)
+        if row is None or not _complete(row):
+            plain = lambda *leaves: _graph.run(graph, leaves)
+            own = lambda *leaves: tuned(graph, leaves, self._tuner)
+            # Not compared: what an optimizer makes of a random state may be no number.
+            both = {"plain": plain, "tuned": own}
+            found = timed(both, synthetic(avals), _ROUNDS_OF_WHOLE, terms=None)
+            row = {"seconds": found.seconds, "dropped": found.dropped}
+            self._tuner.choices.set(key, row)
+        seconds = row["seconds"]
+        self._tuner.whole = Whole(seconds.get("plain"), seconds.get("tuned"), row["dropped"])
+        return seconds.get("tuned", math.inf) < seconds.get("plain", math.inf)
+
+
+class Measured:
+    """Chooses by time; equal only to itself."""
+
+    def __init__(self, choices: Choices, measures: bool) -> None:
+        self.choices, self.measures = choices, measures and jax.process_count() == 1
+        self.used: dict[str, Row] = {}
+        self.whole: Whole | None = None
+
+    def choose(self, op: Op, platform: str, devices: int) -> str:
+        """As `Tuner` says."""
+        here = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
+        if not self.measures or devices > 1 or platform not in ("", here):
+            name = rule(op, platform)
+            self.used[op.key] = Row(op, name, {}, {})
+            return name
+        known = self.choices.get(op.key) is not None
+        name = self.form(op)
+        if not known:
+            self.choices.save()
+        return name
+
+    def form(self, op: Op) -> str:
+        """The fastest form; timed if it was not before."""
+        row = self.choices.get(op.key)
+        if row is None or not _complete(row) or row.get("form") not in (XLA, *FORMS[op.name]):
+            row = _measured(op)
+            self.choices.set(op.key, row)
+        self.used[op.key] = Row(op, row["form"], row["seconds"], row["dropped"])
+        return row["form"]
+
+
+def _measured(op: Op) -> dict[str, Any]:
+    forms = {name: form.run for name, form in candidates(op).items()}
+    if not forms:
+        return {"form": XLA, "seconds": {}, "dropped": {}}
+    runs = {XLA: partial(original, op.name), **forms}
+    functions = {name: partial(run, **op.params) for name, run in runs.items()}
+    avals = [jax.ShapeDtypeStruct(s, d) for s, d in zip(op.shapes, op.dtypes, strict=True)]
+    found = timed(functions, synthetic(avals), terms=op.terms)
+    if not found.seconds:
+        return {"form": XLA, "seconds": {}, "dropped": found.dropped}
+    best = min(found.seconds, key=lambda name: found.seconds[name])
+    gains = found.seconds[best] < _WORTH * found.seconds[XLA]
+    return {
+        "form": best if gains else XLA,
+        "seconds": found.seconds,
+        "dropped": found.dropped,
+    }
+
+
+def _complete(row: Mapping[str, Any]) -> bool:
+    """Whether a row of the file is one of ours."""
+    seconds, dropped = row.get("seconds"), row.get("dropped")
+    return (
+        isinstance(seconds, dict)
+        and isinstance(dropped, dict)
+        and all(isinstance(value, float) and value > 0 for value in seconds.values())
+        and all(isinstance(value, str) for value in dropped.values())
+    )
+
+
+def _tunable(graph: Graph) -> Iterator[Node]:
+    """The nodes with forms, in calls and loops too."""
+    for node in graph.nodes:
+        if has_forms(node):
+            yield node
+        for body in node.bodies:
+            yield from _tunable(body)
+
+
+def _stands_alone(graph: Graph, leaves: Sequence[Any]) -> bool:
+    """Whether this call is neither differentiated nor batched nor on several devices.
+
+    Then what it is traced to is what will run, but for `jax.jit`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    shardings = [getattr(leaf, "sharding", None) for leaf in leaves if is_concrete(leaf)]
+    return (
+        (mesh.empty or mesh.size == 1)
+        and all(len(s.device_set) == 1 for s in shardings if s is not None)
+        and all(is_concrete(leaf) or _of_one_device(leaf) for leaf in leaves)
+        and all(map(is_concrete, graph.constants.values()))
+    )
+
+
+def is_concrete(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.core.Tracer)
+
+
+def _of_one_device(tracer: Any) -> bool:
+    """Of `jax.jit`, which does not tell a tracer's devices: where there is only one."""
+    return type(tracer).__name__ == _JIT_TRACER and jax.device_count() == 1
+
+
+def _can_be_run(graph: Graph) -> bool:
+    """On random numbers: no side effects, and no loop whose end depends on them."""
+    return all(
+        not node.effects and node.name != "while" and all(map(_can_be_run, node.bodies))
+        for node in graph.nodes
+    )
+
+
+def _described(graph: Graph) -> list[Any]:
+    """Tells graphs apart by their ops and shapes."""
+    return [
+        [
+            node.name,
+            *(str(shape_of(atom)) for atom in node.inputs),
+            op_of(node).key if has_forms(node) else "",
+            *map(_described, node.bodies),
+        ]
+        for node in graph.nodes
+    ]
+
+
+@contextmanager
+def _bar(show: bool, total: int) -> Iterator[Callable[[], None]]:
+    """A function to call after each step; the bar appears once it has taken a second."""
+    bar = Progress(console=Console(stderr=True), auto_refresh=False, transient=True)
+    task, start = bar.add_task("autotune", total=total), time.monotonic()
+    visible = show and bar.console.is_terminal
+
+    def tick() -> None:
+        bar.advance(task)
+        if visible and time.monotonic() - start > 1:
+            bar.start()
+            bar.refresh()
+
+    try:
+        yield tick
+    finally:
+        if visible and bar.live.is_started:
+            bar.stop()
