@@ -11,6 +11,9 @@ from jaxaccel.measure._compare import compare as compare
 from jaxaccel.measure._cost import Cost as Cost
 from jaxaccel.measure._cost import cost as cost
 from jaxaccel.measure._cost import macs as macs
+from jaxaccel.measure._fusions import Fusions as Fusions
+from jaxaccel.measure._fusions import Kernel as Kernel
+from jaxaccel.measure._fusions import fusions as fusions
 from jaxaccel.measure._interval import Interval as Interval
 from jaxaccel.measure._interval import interval as interval
 from jaxaccel.measure._interval import paired as paired
