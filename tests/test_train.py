@@ -1,5 +1,7 @@
 """The Accelerator against a plain loop, over devices, precisions and ragged batches."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,6 +143,37 @@ def test_one_compilation_for_ragged_ends_and_further_epochs():
     acc.evaluate(data)
     assert len(traces) == seen == 2
     assert set(traces) == {(16, 8, 8, 1)}
+
+
+HALF = "batch/image is uint8[8,8,8,1], was uint8[16,8,8,1]; batch/label is int32[8], was int32[16]"
+ANEW = "Every set of shapes and types compiles anew: keep to one batch size and one type of images"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda batch: {name: x[:8] for name, x in batch.items()},
+            f"{HALF}; batch/mask is bool[8], was bool[16]",
+        ),
+        (
+            lambda batch: batch | {"image": batch["image"].astype(np.float32)},
+            "batch/image is float32[16,8,8,1], was uint8[16,8,8,1]",
+        ),
+        (
+            lambda batch: {name: x[:8] for name, x in batch.items()} | {"weight": np.float32(1)},
+            f"{HALF}; batch/mask is bool[8], was bool[16]; and 1 more",
+        ),
+    ],
+)
+def test_a_second_trace_names_its_cause(change, said):
+    acc = jx.Accelerator(hand_written(), optax.sgd(0.1))
+    data = batches(2)
+    acc.fit(data, progress=False)
+    message = f"training step: traced and compiled again: {said}. {ANEW}"
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+        acc.fit([change(batch) for batch in data], progress=False)
+    acc.fit(data, progress=False)  # both are compiled now; a warning would be an error
 
 
 def test_evaluation_leaves_padding_out():

@@ -114,8 +114,9 @@ class Accelerator:
     def _compile(self, program: Program) -> None:
         whole = self._sharding()
         compiled = partial(jax.jit, out_shardings=whole)
-        self._train = compiled(partial(_step.train, program), donate_argnums=0)
-        self._train_many = compiled(partial(_step.train_many, program), donate_argnums=0)
+        step, steps = (partial(f, program) for f in (_step.train, _step.train_many))
+        self._train = compiled(_step.warn_of_traces(step), donate_argnums=0)
+        self._train_many = compiled(_step.warn_of_traces(steps), donate_argnums=0)
         self._evaluate = compiled(partial(_step.evaluate, program), donate_argnums=1)
         self._predict = jax.jit(partial(_step.predict, program))
 

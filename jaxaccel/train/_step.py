@@ -1,5 +1,6 @@
 """One training step and one evaluation step as pure functions of a state and a batch."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
+
+from jaxaccel._select import flatten
 
 Batch = dict[str, Any]
 
@@ -56,7 +59,8 @@ def initial(params: PyTree, optimizer: optax.GradientTransformation, seed: int) 
     trained, _ = split(params)
     key = jax.random.key(seed)
     # Some optimizers keep the parameters themselves; no buffer may be donated twice.
-    moments = jax.tree.map(jnp.copy, optimizer.init(trained))
+    # Nor may a type be weak: it would not be after the first step, and the second would compile.
+    moments = jax.tree.map(lambda x: jnp.array(x, x.dtype), optimizer.init(trained))
     return State(params, moments, key, jnp.int32(0), zeros())
 
 
@@ -99,6 +103,37 @@ def train_many(program: Program, state: State, teacher_params: PyTree, batches: 
 
     # XLA:CPU runs a convolution several times slower inside a loop body than outside of it.
     return jax.lax.scan(body, state, batches, unroll=jax.default_backend() == "cpu" or 1)[0]
+
+
+def warn_of_traces(step: Callable[..., State]) -> Callable[..., State]:
+    """`step`, which warns where JAX traces it again, and says for which argument."""
+    types: dict[str, str] = {}  # of the arguments when last traced
+
+    def traced(state: State, teacher_params: PyTree, batch: Batch) -> State:
+        now = {"batch": batch, "state": state, "teacher": teacher_params}
+        now = {path: str(jax.typeof(leaf)) for path, leaf in flatten(now).items()}
+        if types and (changes := _changes(types, now)):
+            warnings.warn(
+                f"training step: traced and compiled again: {changes}. Every set of shapes and "
+                "types compiles anew: keep to one batch size and one type of images",
+                stacklevel=2,
+            )
+        stepped = step(state, teacher_params, batch)
+        types.clear()
+        types.update(now)
+        return stepped
+
+    return traced
+
+
+def _changes(before: dict[str, str], now: dict[str, str]) -> str:
+    """Of the types at each path, in words; the batch, which is sorted first, is the usual one."""
+    paths = [path for path in sorted(before | now) if before.get(path) != now.get(path)]
+    words = [
+        f"{path} is {now.get(path, 'absent')}, was {before.get(path, 'absent')}"
+        for path in paths[:3]
+    ]
+    return "; ".join(words) + f"; and {len(paths) - 3} more" * (len(paths) > 3)
 
 
 def evaluate(
