@@ -2,9 +2,12 @@
 
 import argparse
 import datetime
+import errno
+import hashlib
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
@@ -16,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxaccel
+from jaxaccel._choices import default_folder
 from jaxaccel._graph import Graph
 from jaxaccel.measure import table
 
@@ -53,15 +57,49 @@ def at_least(least: int, text: str) -> int:
 natural, positive = partial(at_least, 0), partial(at_least, 1)
 
 
-def use_device(device: str, parser: Parser) -> None:
-    """Put everything that follows on this kind of device; call it before any other use of JAX."""
-    if device == "auto":
+def use_device(device: str, parser: Parser, *, keep_compiled: bool = True) -> None:
+    """Put everything that follows on this kind of device; call it before any other use of JAX.
+
+    What is compiled is kept on disk for the next run; not where compile times are measured.
+    """
+    if device != "auto":
+        jax.config.update("jax_platforms", "cpu" if device == "cpu" else "cuda")
+        try:
+            jax.devices()
+        except (RuntimeError, AssertionError):  # the second where no CUDA plugin is installed
+            parser.exit(3, f"{parser.prog}: {NOT_MEASURED}: no {device} was found by JAX\n")
+    if keep_compiled:
+        _keep_compiled()
+    else:
+        jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _keep_compiled() -> None:
+    """JAX's persistent compilation cache, in our folder; what the user set for it stands."""
+    if {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"} & set(os.environ):
         return
-    jax.config.update("jax_platforms", "cpu" if device == "cpu" else "cuda")
+    folder = default_folder() / f"xla-{_compiled_for()}"
     try:
-        jax.devices()
-    except (RuntimeError, AssertionError):  # the second where no CUDA plugin is installed
-        parser.exit(3, f"{parser.prog}: {NOT_MEASURED}: no {device} was found by JAX\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "not writable")
+    except OSError as error:
+        print(f"{folder}: {error.strerror}; compiled code is not kept", file=sys.stderr)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _compiled_for() -> str:
+    """A digest of what compiled code runs on: another CPU model may crash on it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if os.access(info, os.R_OK) else []
+    flags = [line for line in lines if line.startswith(("flags", "Features"))][:1]
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count()
+    found = [version("jax"), version("jaxlib"), jax.default_backend(), *flags, cores]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:12]
 
 
 def packages(parser: Parser, *names: str) -> list[Any]:

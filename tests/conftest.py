@@ -5,6 +5,7 @@ import os
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # no test reads what an earlier run compiled
 
 import jax
 import pytest
@@ -45,6 +46,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.path.parts:
             item.add_marker(not_measured)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory):
+    """Whatever is kept between runs is kept for this one alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXACCEL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

@@ -1,17 +1,19 @@
 """The experiments as their users run them: short runs, bad arguments, honest verdicts."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from importlib.util import find_spec
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxaccel as jx
-from experiments import accuracy, mnist, networks, report
+from experiments import accuracy, dispatch, mnist, networks, report, xla_cpu
 
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -147,3 +149,88 @@ def test_claims_are_made_only_beyond_the_interval():
     tables = accuracy.tables(accuracies, accuracy.claims(accuracies), range(7, 10), "markdown")
     assert "| seed 7 | seed 8 | seed 9 |" in tables
     assert "| no difference shown" in tables
+
+
+COMPILED = """
+import jax
+from experiments import common
+common.use_device("cpu", common.parser("some", None, "some"))
+jax.jit(lambda x: 2 * x)(1.0)
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+def compiled_into(**settings) -> tuple[str, str]:
+    """The folder that JAX keeps compiled code in, and what was said on stderr."""
+    known = {"JAX_ENABLE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR", "JAXACCEL_CACHE"}
+    env = {name: value for name, value in os.environ.items() if name not in known}
+    command = [sys.executable, "-c", COMPILED]
+    found = subprocess.run(command, env=env | settings, capture_output=True, text=True, check=True)
+    return found.stdout.strip(), found.stderr
+
+
+def test_compiled_code_is_kept_in_our_folder(tmp_path):
+    said = compiled_into(JAXACCEL_CACHE=str(tmp_path / "ours"))[0]
+    (folder,) = (tmp_path / "ours").iterdir()
+    assert re.fullmatch("xla-[0-9a-f]{12}", folder.name)
+    assert said == str(folder)
+    assert any(path.name.startswith("jit__lambda") for path in folder.iterdir())
+
+
+def test_the_users_own_folder_for_compiled_code_wins(tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    settings = {"JAXACCEL_CACHE": str(ours), "JAX_COMPILATION_CACHE_DIR": str(theirs)}
+    assert compiled_into(**settings)[0] == str(theirs)
+    assert not ours.exists()
+
+
+def test_without_a_folder_for_compiled_code_they_go_on(tmp_path):
+    (tmp_path / "file").touch()
+    folder, error = compiled_into(JAXACCEL_CACHE=str(tmp_path / "file"))
+    assert folder == "None"
+    assert "Not a directory; compiled code is not kept" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("case", xla_cpu.cases(batch=1), ids=lambda case: case.name)
+def test_reproducers_compare_equal_things(case):
+    assert min(xla_cpu.measured(case, rounds=1)) > 0  # raises where the two forms differ
+
+
+def test_reproducers_notice_a_difference():
+    case = xla_cpu.Case("wrong", lambda x: x, lambda x: 1.001 * x, ((3,),))
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        xla_cpu.measured(case, rounds=1)
+
+
+def test_steps_in_one_program_equal_steps_in_turn():
+    step = lambda state, batch: (state[0] + 1, state[1] * batch["x"] + state[0])
+    batches = {"x": jnp.arange(1.0, 1 + dispatch.K)}
+    in_turn = (jnp.int32(0), jnp.float32(1))
+    for x in batches["x"]:
+        in_turn = step(in_turn, {"x": x})
+    for name, form in dispatch.several(step).items():
+        found = jax.jit(form)((jnp.int32(0), jnp.float32(1)), batches)
+        assert found == in_turn, name
+
+
+def test_options_that_xla_does_not_know_are_said_to_be_unknown():
+    ways = dispatch.with_options(jnp.sin, (jnp.ones(3),), {"xla_nonsense": 1}, None)
+    assert ways == (None, None, {"difference": "unknown to this jaxlib"})
+
+
+def test_dispatch_writes_its_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(dispatch, "stack_arguments", lambda seed: tiny_stack())
+    dispatch.main(
+        ["--parts", "layouts", "--rounds", "2", "--device", "cpu", "--out", str(tmp_path)]
+    )
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"dispatch.md", "dispatch.json", "dispatch.png"}
+    rows = json.loads((tmp_path / "dispatch.json").read_text())["rows"]
+    settings = ["NHWC", "NHWC, arguments as XLA asks", "NCHW", "NCHW, arguments as XLA asks"]
+    assert [row["setting"] for row in rows] == 2 * settings
+    assert all(row["ms"] > 0 for row in rows)
+
+
+def tiny_stack():
+    return [jnp.ones((3, 3, 2, 2))] * 2, jnp.ones((1, 8, 8, 2))

@@ -1,0 +1,133 @@
+"""The candidates of `experiments.benchmark` that run in JAX: plain Flax, and jaxaccel."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxaccel as jx
+from experiments.benchmark_networks import Problem
+from experiments.benchmark_timing import Engine, clocked, repeated
+from jaxaccel import _tuned
+
+Mode = Literal["measure", "rules"]
+Transform = Callable[[Callable], Callable]
+LEARNING_RATE = 1e-3
+
+
+def untuned(fn: Callable) -> Callable:
+    """The function with XLA's own operations, as any Flax network has them."""
+    return _tuned.untuned(fn)
+
+
+def tuned(fn: Callable, mode: Mode = "measure") -> Callable:
+    """The function in the forms that are fastest here."""
+    return jx.autotune(fn, mode=mode, progress=False)
+
+
+def plain(problem: Problem) -> Engine:
+    """Flax, optax and `jax.jit`; inference as trained, batch norm and all."""
+    return _engine(problem, untuned, fold=False)
+
+
+def ours(problem: Problem, mode: Mode = "measure", bfloat16: bool = False) -> Engine:
+    """`jx.autotune` of the step, or of the network with batch norm folded."""
+    return _engine(problem, partial(tuned, mode=mode), fold=True, bfloat16=bfloat16)
+
+
+def work(problem: Problem) -> dict[str, int | None]:
+    """What one call is: FLOPs as written, bytes of arguments and results, of the plain form."""
+    fn, args = _plain_call(problem)
+    results = jax.eval_shape(fn, *args)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((args, results)))
+    return {"flops": jx.measure.cost(fn, *args).flops, "bytes": size}
+
+
+def _plain_call(problem: Problem) -> tuple[Callable, tuple]:
+    if problem.case.train:
+        step, state = training_step(problem)
+        return untuned(step), (state, problem.images, problem.labels)
+    return untuned(problem.fn), (problem.params, problem.images)
+
+
+def _engine(problem: Problem, transform: Transform, fold: bool, bfloat16: bool = False) -> Engine:
+    if problem.case.train:
+        return _trained(problem, transform, bfloat16)
+    return _served(problem, transform, fold, bfloat16)
+
+
+def _served(problem: Problem, transform: Transform, fold: bool, bfloat16: bool) -> Engine:
+    fn, params = problem.fn, problem.params
+    if fold and "batch_stats" in params:
+        fn, params = jx.fold.batchnorm(fn, params, problem.images)
+    images = jax.device_put(problem.images)
+    if bfloat16:
+        params, images = halved(params), halved(images)
+    compiled = jax.jit(transform(fn))
+    call = lambda: compiled(params, images)
+    logits, first = clocked(lambda: jax.block_until_ready(call()))
+    # A second time: what was chosen by measuring is known by then.
+    lowered = lambda: jax.jit(transform(fn)).lower(params, images).compile()
+    run = repeated(call, jax.block_until_ready, each=jax.default_backend() == "cpu")
+    return Engine(run, lambda: None, np.asarray(logits, np.float32), first, clocked(lowered)[1])
+
+
+def _trained(problem: Problem, transform: Transform, bfloat16: bool) -> Engine:
+    step, initial = training_step(problem, bfloat16)
+    images, labels = jax.device_put((problem.images, problem.labels))
+    compiled = jax.jit(transform(step), donate_argnums=0)
+    state = jax.tree.map(jnp.copy, initial)
+
+    def call() -> Any:
+        nonlocal state
+        state, loss = compiled(state, images, labels)
+        return state, loss
+
+    def restart() -> None:
+        nonlocal state
+        state = jax.block_until_ready(jax.tree.map(jnp.copy, initial))
+
+    (_, loss), first = clocked(lambda: jax.block_until_ready(call()))
+    losses = [float(loss), *(float(call()[1]) for _ in range(2))]
+    again = jax.jit(transform(step), donate_argnums=0)
+    _, compile_s = clocked(lambda: again.lower(initial, images, labels).compile())
+    run = repeated(call, jax.block_until_ready, each=False)
+    return Engine(run, restart, np.array(losses), first, compile_s)
+
+
+def training_step(problem: Problem, bfloat16: bool = False) -> tuple[Callable, Any]:
+    """``step(state, images, labels) -> (state, loss)`` with Adam, and the initial state."""
+    fn, tx, key = problem.fn, optax.adam(LEARNING_RATE), jax.random.key(0)
+    cast = halved if bfloat16 else lambda tree: tree
+
+    def step(state: tuple, images: Any, labels: Any) -> tuple[tuple, Any]:
+        params, moments = state
+
+        def objective(trained: Any) -> tuple[Any, Any]:
+            given = {**params, "params": cast(trained)}
+            logits, updates = fn.train(given, key, cast(images))
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                logits.astype(jnp.float32), labels
+            )
+            return losses.mean(), updates
+
+        (loss, updates), grads = jax.value_and_grad(objective, has_aux=True)(params["params"])
+        changes, moments = tx.update(grads, moments, params["params"])
+        trained = optax.apply_updates(params["params"], changes)
+        return ({**params, **updates, "params": trained}, moments), loss
+
+    return step, (problem.params, tx.init(problem.params["params"]))
+
+
+def halved(tree: Any) -> Any:
+    """Every float as bfloat16."""
+    return jax.tree.map(
+        lambda leaf: (
+            leaf.astype(jnp.bfloat16) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        ),
+        tree,
+    )
