@@ -5,7 +5,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # The results whose tables the README shows.
-TABLES = ("accelerator", "accuracy-cluttered", "depthwise", "fold", "pruning", "pruning_peer")
+TABLES = (
+    "accelerator",
+    "accuracy-cluttered",
+    "depthwise",
+    "fold",
+    "fusion",
+    "pruning",
+    "pruning_peer",
+)
 
 
 def test_code_runs(capsys, monkeypatch, tmp_path):
