@@ -42,11 +42,10 @@ Every case is kept as it is done, and an interrupted run goes on where it stoppe
 
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -58,10 +57,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+import jaxaccel as jx
 from experiments import benchmark_jax, benchmark_peers, benchmark_report, common
 from experiments.benchmark_networks import CASES, Case, Problem, problem
 from experiments.benchmark_peers import Kit
 from experiments.benchmark_timing import Engine, interleaved, limits
+from jaxaccel._choices import digest, environment
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2, "int8": float("inf")}
 TF32 = 1e-2  # a GPU's products of float32
@@ -215,21 +216,18 @@ def versions() -> dict[str, str]:
 
 
 def key(what: str, rounds: int, seed: int) -> str:
-    """A case, or the limits, on this machine with these versions."""
-    device = jax.devices()[0]
-    machine = f"{device.device_kind}, {processor()}, {benchmark_peers.threads()} cores"
+    """A case, or the limits, on this machine with these versions and this code."""
+    on = environment()
+    machine = f"{on['device']}, {on['processor']}, {on['cores']} cores, code {_code()}"
     parts = [f"{what}, {rounds} rounds, seed {seed}", machine, *map(" ".join, versions().items())]
     return "; ".join(parts)
 
 
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+@cache
+def _code() -> str:
+    """A digest of jaxaccel's source, whose version stays the same while it is written."""
+    files = sorted(Path(jx.__file__).parent.rglob("*.py"))
+    return digest([path.read_text() for path in files])
 
 
 def peers(parser: common.Parser, gpu: bool) -> Kit | None:
@@ -261,7 +259,7 @@ def progress(cases: int) -> Iterator[Callable]:
 def publish(folder: Path, records: list[dict], found: dict[str, Any], rounds: int) -> None:
     """Tables and plots."""
     named = ", ".join(f"{name} {number}" for name, number in versions().items())
-    head = f"{processor()}; {common.machine_line()}\n{named}"
+    head = f"{environment()['processor']}; {common.machine_line()}\n{named}"
     dates = " and ".join(sorted({record["date"] for record in records}))
     note = (
         f"Medians of {rounds} rounds, quartiles; ratios within each round, above 1 is faster. "
@@ -280,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     # PyTorch needs a GPU's memory as well.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    common.use_device(args.device, parser)
+    common.use_device(args.device, parser, keep_compiled=False)
     gpu = jax.default_backend() == "gpu"
     with tempfile.TemporaryDirectory() as temporary, progress(len(args.cases)) as tick:
         kit = peers(parser, gpu)

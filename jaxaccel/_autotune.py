@@ -4,8 +4,9 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from jaxaccel import _graph
 from jaxaccel._choices import Choices, digest
 from jaxaccel._forms import FORMS, XLA, Op, candidates, rule
 from jaxaccel._forms_report import Report, Row, Whole
-from jaxaccel._graph import Graph, Node, shape_of
+from jaxaccel._graph import Graph, Node, Value
 from jaxaccel._rewritten import flat_graph
 from jaxaccel._timing import synthetic, timed
 from jaxaccel._tuned import has_forms, op_of, original, tuned
@@ -122,7 +123,10 @@ class Autotuned:
             changes = any(form != XLA for form in forms) or any(node.tuner for node in nodes)
             faster = changes and (not _can_be_run(graph) or self._faster(graph, forms))
         self._tuner.choices.save()
-        return own if faster else _graph.run
+        if faster:
+            return own
+        left = Left(self._tuner, frozenset(op_of(n).key for n in nodes), _ruled(nodes))
+        return lambda graph, leaves: tuned(graph, leaves, left)
 
     def _faster(self, graph: Graph, forms: Sequence[str]) -> bool:
         """Whether the whole function gains; it is timed on random numbers."""
@@ -152,8 +156,8 @@ class Measured:
 
     def choose(self, op: Op, platform: str, devices: int) -> str:
         """As `Tuner` says."""
-        here = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
-        if not self.measures or devices > 1 or platform not in ("", here):
+        here = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
+        if not (self.measures and devices == 1 and platform == here and _is_static(op.shapes)):
             name = rule(op, platform)
             self.used[op.key] = Row(op, name, {}, {})
             return name
@@ -171,6 +175,25 @@ class Measured:
             self.choices.set(op.key, row)
         self.used[op.key] = Row(op, row["form"], row["seconds"], row["dropped"])
         return row["form"]
+
+
+@dataclass(frozen=True)
+class Left:
+    """Leaves these calls as they were; what derives from them is chosen as ever."""
+
+    tuner: Measured
+    keys: frozenset[str]
+    ruled: frozenset[str]  # those that rules decided before
+
+    def choose(self, op: Op, platform: str, devices: int) -> str:
+        """As `Tuner` says."""
+        if op.key not in self.keys:
+            return self.tuner.choose(op, platform, devices)
+        return rule(op, platform) if op.key in self.ruled else XLA
+
+
+def _ruled(nodes: Sequence[Node]) -> frozenset[str]:
+    return frozenset(op_of(node).key for node in nodes if node.tuner)
 
 
 def _measured(op: Op) -> dict[str, Any]:
@@ -220,11 +243,24 @@ def _stands_alone(graph: Graph, leaves: Sequence[Any]) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     shardings = [getattr(leaf, "sharding", None) for leaf in leaves if is_concrete(leaf)]
     return (
-        (mesh.empty or mesh.size == 1)
-        and all(len(s.device_set) == 1 for s in shardings if s is not None)
+        mesh.empty
+        and all(map(_is_default, shardings))
+        and _is_static(value.shape for value in graph.inputs)
         and all(is_concrete(leaf) or _of_one_device(leaf) for leaf in leaves)
         and all(map(is_concrete, graph.constants.values()))
     )
+
+
+def _is_default(sharding: Any) -> bool:
+    """Whether an array is on one device, of the kind that is timed; None is a NumPy array's."""
+    if sharding is None:
+        return True
+    return [d.platform for d in sharding.device_set] == [jax.devices()[0].platform]
+
+
+def _is_static(shapes: Iterable[Sequence[Any]]) -> bool:
+    """No size is symbolic."""
+    return all(isinstance(size, int) for shape in shapes for size in shape)
 
 
 def is_concrete(leaf: Any) -> bool:
@@ -245,13 +281,16 @@ def _can_be_run(graph: Graph) -> bool:
 
 
 def _described(graph: Graph) -> list[Any]:
-    """Tells graphs apart by their ops and shapes."""
+    """Tells graphs apart by their ops, how these are wired, and the types of their results."""
+    numbers: dict[Any, int] = {}
+    number = lambda atom: numbers.setdefault(atom, len(numbers)) if isinstance(atom, Value) else -1
     return [
         [
             node.name,
-            *(str(shape_of(atom)) for atom in node.inputs),
-            op_of(node).key if has_forms(node) else "",
-            *map(_described, node.bodies),
+            [number(atom) for atom in (*node.inputs, *node.outputs)],
+            [str(value.aval) for value in node.outputs],
+            op_of(node).key if has_forms(node) else str(node.params.get("length", "")),
+            [_described(body) for body in node.bodies],
         ]
         for node in graph.nodes
     ]

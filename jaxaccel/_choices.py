@@ -68,6 +68,7 @@ class Choices:
     def __init__(self, folder: str | os.PathLike | None = None) -> None:
         self._folder = None if folder is None else Path(folder)
         self._rows: dict[str, dict[str, Any]] | None = None
+        self._saved = True
 
     @property
     def path(self) -> Path:
@@ -85,18 +86,25 @@ class Choices:
         """Keeps it in memory; `save` writes."""
         self.get(key)
         assert self._rows is not None
-        self._rows[key] = dict(row)
+        self._rows[key], self._saved = dict(row), False
 
     def save(self) -> None:
-        """Writes all rows, and those that others wrote meanwhile."""
+        """Writes all rows, and those that others wrote meanwhile, if any is new."""
+        if self._saved:
+            return
+        self._saved = True
         rows = self._read() | (self._rows or {})
         text = json.dumps({"environment": environment(), "rows": rows}, indent=1)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".partial")
-            with os.fdopen(handle, "w") as file:
-                file.write(text + "\n")
-            Path(name).replace(self.path)
+            try:
+                with os.fdopen(handle, "w") as file:
+                    file.write(text + "\n")
+                Path(name).replace(self.path)
+            except OSError:
+                Path(name).unlink()
+                raise
         except OSError as error:
             warnings.warn(
                 f"autotune: {self.path} cannot be written ({error.strerror}); what was timed is "

@@ -58,7 +58,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         rows = [
-            {"op": row.op.key, "form": row.form, "seconds": dict(row.seconds), "gain": row.gain}
+            {"op": row.op.key, "gain": row.gain}
+            | {"form": row.form, "seconds": dict(row.seconds), "dropped": dict(row.dropped)}
             for row in self.rows
         ]
         return {"rows": rows, "whole": self.whole and self.whole._asdict()}

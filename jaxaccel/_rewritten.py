@@ -145,6 +145,9 @@ def rerun(node: Node, operands: Sequence[Any], bodies: Sequence[Body]) -> list[A
     if node.name == "remat2":
         kept = {name: node.params[name] for name in ("prevent_cse", "policy")}
         called = jax.checkpoint(called, **kept)
+        if node.params["differentiated"] and kept["prevent_cse"]:
+            # What JAX lowers it to: the compiler may not take it for the first computation.
+            operands = lax.optimization_barrier(tuple(operands))
     elif node.name == "jit":
         called.__name__ = node.params["name"]
         called = jax.jit(called, **_shardings(node.params))

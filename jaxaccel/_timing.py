@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -44,12 +45,18 @@ def timed(
 
 def _outside(work: Callable[[], T]) -> T:
     """In a thread of its own, where nothing is being traced, under this thread's settings."""
-    x64, precision = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    config: Any = jax.config
+    x64, precision = config.jax_enable_x64, config.jax_default_matmul_precision
+    device = config.jax_default_device
     found: list[Any] = []
 
     def run() -> None:
         try:
-            with jax.enable_x64(x64), jax.default_matmul_precision(precision):
+            with (
+                jax.enable_x64(x64),
+                jax.default_matmul_precision(precision),
+                jax.default_device(device),
+            ):
                 found.append((work(), None))
         except BaseException as error:
             found.append((None, error))
@@ -70,8 +77,11 @@ def _timed(
     original = next(iter(candidates))
     if original not in ready:
         return Timed({}, dropped)
-    operands = jax.device_put(tuple(operands))
     expected, calls = None, {}
+    try:
+        operands = jax.device_put(tuple(operands))
+    except jax.errors.JaxRuntimeError as error:
+        return Timed({}, dict.fromkeys(candidates, _first_line(error)))
     for name, call in ready.items():
         try:
             found = jax.block_until_ready(call(*operands))
@@ -84,7 +94,7 @@ def _timed(
         if difference is not None:
             dropped[name] = difference
         else:
-            calls[name] = lambda call=call: call(*operands)
+            calls[name] = partial(call, *operands)
     if original not in calls:
         return Timed({}, dropped)
     return Timed(_interleaved(calls, rounds), dropped)

@@ -115,7 +115,7 @@ def max_pool(x: Array, window: int, strides: int | None = None, pad: int = 0) ->
 
 def _primitive(name: str) -> Primitive:
     made = Primitive(f"{TUNED}{name}")
-    made.def_impl(lambda *operands, **p: _compiled(made, tuple(sorted(p.items())))(*operands))
+    made.def_impl(partial(_called, made))
     made.def_effectful_abstract_eval(partial(_abstract, name))
     ad.primitive_jvps[made] = partial(_jvp, name)
     ad.primitive_transposes[made] = partial(_transpose, name)
@@ -194,7 +194,15 @@ def _formed(name: str, chosen: str, *operands: Array, **params: Any) -> Array:
     if AxisType.Explicit in sharding.mesh.axis_types:  # forms say nothing of shardings
         axes = sharding.mesh.explicit_axes
         form = jax.sharding.auto_axes(form, axes=axes, out_sharding=sharding)
-    return form(*operands)
+    # Of the caller's settings, only those of precision concern a form.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        return form(*operands)
+
+
+def _called(made: Primitive, *operands: Array, **params: Any) -> Array:
+    """Outside of any trace."""
+    with jax.disable_jit(False):
+        return _compiled(made, tuple(sorted(params.items())))(*operands)
 
 
 @lru_cache(512)

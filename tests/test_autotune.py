@@ -1,6 +1,7 @@
 """`jx.autotune`: what is chosen, what is kept, and when nothing is timed."""
 
 import json
+import re
 import warnings
 from functools import partial
 
@@ -20,7 +21,10 @@ from jaxaccel._timing import Timed
 from tests.models import ZOO, tiers
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-KERNEL, IMAGES = jnp.ones((3, 3, 1, 4)) / 9, jnp.ones((2, 6, 6, 4))
+KERNEL, IMAGES = (
+    jax.random.normal(jax.random.key(seed), shape)
+    for seed, shape in enumerate([(3, 3, 1, 4), (2, 6, 6, 4)])
+)
 
 
 def net(kernel, x):
@@ -78,8 +82,21 @@ def test_the_fastest_form_is_taken(tune, clock):
 def test_a_function_that_is_not_faster_comes_back(tune, clock):
     clock.seconds, clock.whole = {"shifted": 0.5}, (1.0, 1.0)
     fast = tune(net)
-    assert "tuned" not in primitives(fast, KERNEL, IMAGES)
-    assert "it is left as it is" in str(fast.report)
+    assert "it is left as it is" in str(compiled_text(fast) and fast.report)
+    assert compiled_text(fast) == compiled_text(net)
+
+
+def compiled_text(fn) -> str:
+    """The program without the names of its functions."""
+    text = jax.jit(fn).lower(KERNEL, IMAGES).as_text()
+    return re.sub(r"@\w+", "", text)
+
+
+def test_its_derivatives_are_chosen_all_the_same(tune, clock):
+    clock.seconds, clock.whole = {"shifted": 0.5, "summed": 0.5}, (1.0, 1.0)
+    fast = jax.jit(tune(net))
+    text = jax.jit(jax.grad(lambda k: fast(k, IMAGES).sum())).lower(KERNEL).as_text()
+    assert text.count("stablehlo.convolution") == 1  # forward alone
 
 
 def test_what_was_timed_is_kept_on_disk(tune, clock, tmp_path):
@@ -172,20 +189,28 @@ def test_a_form_that_differs_is_never_taken(tune, monkeypatch):
     assert "wrong: not taken, differs by 2" in str(fast.report)
 
 
-def test_a_form_that_does_not_compile_is_left_out(tune, monkeypatch):
-    def failing(*args, **params):
-        raise jax.errors.JaxRuntimeError("out of memory")
+@pytest.mark.parametrize("failing", ["xla", "bad"])
+def test_a_form_that_does_not_compile_is_left_out(failing, monkeypatch):
+    compile_, names = jax.stages.Lowered.compile, []
 
-    found = _timing.timed({"xla": jnp.sin, "bad": lambda x: x}, [np.ones(3, np.float32)])
-    assert "bad" in found.dropped
-    monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
-    found = _timing.timed({"xla": jnp.sin}, [np.ones(3, np.float32)])
-    assert found == Timed({}, {"xla": "out of memory"})
+    def compiled(lowered):
+        name = "bad" if "sine" not in lowered.as_text() else "xla"
+        names.append(name)
+        if name == failing:
+            raise jax.errors.JaxRuntimeError("out of memory\nmore")
+        return compile_(lowered)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
+    fns = {"xla": jnp.sin, "bad": lambda x: x - x**3 / 6}
+    found = _timing.timed(fns, [np.full(3, 1e-3, np.float32)])
+    assert sorted(names) == ["bad", "xla"]
+    assert found.dropped == {failing: "out of memory"}
+    assert set(found.seconds) == ({"xla"} if failing == "bad" else set())
 
 
 def test_real_timings_choose_among_right_forms(tune):
     fast = tune(net)
-    x, kernel = jax.random.normal(jax.random.key(0), (2, 6, 6, 4)), jnp.ones((3, 3, 1, 4))
+    x, kernel = IMAGES, KERNEL
     loss = lambda f: lambda k: (f(k, x) ** 2).sum()
     found, grad = jax.jit(jax.value_and_grad(loss(fast)))(kernel)
     expected, wanted = jax.value_and_grad(loss(net))(kernel)
@@ -267,6 +292,16 @@ def test_several_devices_are_not_timed(tune, clock, monkeypatch):
 def test_several_processes_are_not_timed(tune, clock, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     jax.jit(tune(net))(KERNEL, IMAGES)
+    assert clock.asked == []
+
+
+def test_a_symbolic_batch_is_not_timed(tune, clock):
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, 6, 6, 4), jnp.float32)
+    for of in (lambda f: f, lambda f: jax.grad(lambda k, x: f(k, x).sum())):
+        exported = jax.export.export(jax.jit(of(tune(net))))(KERNEL, images)
+        found, expected = exported.call(KERNEL, IMAGES), of(net)(KERNEL, IMAGES)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert clock.asked == []
 
 

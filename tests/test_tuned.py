@@ -97,7 +97,13 @@ TRANSFORMATIONS = {
 
 
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
-@pytest.mark.parametrize("tuner", [First(), Last()], ids=["first form", "last form"])
+@pytest.mark.parametrize(
+    "tuner",
+    [
+        pytest.param(First(), id="first form"),
+        pytest.param(Last(), id="last form", marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_it_equals_the_original_under(name, tuner, transformation):
     fn, *sizes = FUNCTIONS[name]
@@ -249,6 +255,48 @@ def test_called_outside_of_jit_it_compiles_once(caplog):
         caplog.clear()
         by_rules(depthwise)(x, kernel)
         assert "Compiling" not in caplog.text
+
+
+def test_without_jit():
+    x, kernel = operands(1, 6)
+    with jax.disable_jit():
+        found = by_rules(depthwise)(x, kernel)
+    np.testing.assert_allclose(found, depthwise(x, kernel), rtol=1e-4, atol=1e-5)
+
+
+def test_settings_of_the_caller_do_not_reach_the_forms():
+    x, kernel = (a.astype(jnp.bfloat16) for a in operands(1, 6))
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        assert jax.jit(by_rules(depthwise))(x, kernel).dtype == jnp.bfloat16
+    if hasattr(jnp, "float8_e4m3fn"):
+        x, kernel = (a.astype(jnp.float8_e4m3fn) for a in (x, kernel))
+        assert jax.jit(by_rules(depthwise))(x, kernel).dtype == jnp.float8_e4m3fn
+
+
+def test_checkpoint_keeps_its_barriers():
+    def step(fn, x, kernel):
+        inner = jax.checkpoint(lambda x, k: jnp.sin(fn(x, k)).sum())
+        return jax.grad(inner, 1)(x, kernel)
+
+    args = operands(1, 6)
+    text = lambda f: jax.jit(f).lower(*args).as_text().count("optimization_barrier")
+    plain = text(partial(step, depthwise))
+    assert plain > 0
+    assert text(by_rules(partial(step, depthwise))) == plain
+
+
+def test_inside_of_shard_map():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    x, kernel = operands(1, 6)
+
+    def summed(x, k):
+        grad = jax.grad(lambda k: (by_rules(depthwise)(x, k) ** 2).sum())
+        return lax.psum(grad(lax.pcast(k, "data", to="varying")), "data")
+
+    specs = {"in_specs": (jax.P("data"), jax.P()), "out_specs": jax.P()}
+    found = jax.jit(jax.shard_map(summed, mesh=mesh, **specs))(x, kernel)
+    expected = jax.grad(lambda k: (depthwise(x, k) ** 2).sum())(kernel)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_max_pool_needs_a_window():

@@ -10,7 +10,8 @@ from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
+import jax.core
 import numpy as np
 from jaxtyping import Array
 
@@ -34,6 +35,7 @@ _MAX_GROUPS = 16  # of channels, with a convolution each
 _MAX_PHASES = 9
 _THIN = 32  # channels
 _WIDE = 16
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,22 +96,29 @@ class Form(NamedTuple):
 
 def candidates(op: Op) -> dict[str, Form]:
     """The forms that this call can take, besides the op itself."""
-    valid = _VALID.get(op.name)
-    if valid is None or not valid(op):
+    if not _holds(_VALID[op.name], op):
         return {}
-    return {name: form for name, form in FORMS[op.name].items() if form.applies(op)}
+    return {name: form for name, form in FORMS[op.name].items() if _holds(form.applies, op)}
 
 
 def rule(op: Op, platform: str) -> str:
     """The name of the form to take where nothing is timed."""
-    if platform != "cpu":
+    possible = candidates(op) if platform == "cpu" else {}
+    if not possible:
         return XLA
-    possible = candidates(op)
     return next((name for name in _PREFERRED[op.name](op) if name in possible), XLA)
 
 
+def _holds(condition: Callable[[Op], bool], op: Op) -> bool:
+    """Not where it depends on a symbolic size."""
+    try:
+        return condition(op)
+    except jax.core.InconclusiveDimensionOperation:
+        return False
+
+
 def _sized(op: Op) -> bool:
-    return all(jnp.issubdtype(d, jnp.floating) for d in op.dtypes) and all(map(prod, op.shapes))
+    return all(np.dtype(d).name in _DTYPES for d in op.dtypes) and all(map(prod, op.shapes))
 
 
 def _valid_conv(op: Op) -> bool:
@@ -242,11 +251,14 @@ FORMS: dict[str, dict[str, Form]] = {
 _VALID = dict.fromkeys(FORMS, _valid_pool) | {"conv_general_dilated": _valid_conv}
 
 
+def _wide_or_gradient(op: Op) -> bool:
+    return (op.kernel[3] >= _WIDE and _several_taps(op)) or _few_places(op)
+
+
 def _preferred_conv(op: Op) -> tuple[str, ...]:
     """Of a survey of shapes on a 2-core CPU; see `experiments.depthwise` and `.benchmark`."""
     first = ("phases, shifted", "shifted", "summed", "product", "window product")
-    wide = op.kernel[3] >= _WIDE and _several_taps(op)
-    return (*first, "spread") if _dense(op) and (wide or _few_places(op)) else first
+    return (*first, "spread") if _holds(_both(_dense, _wide_or_gradient), op) else first
 
 
 _PREFERRED: dict[str, Callable[[Op], tuple[str, ...]]] = {

@@ -60,7 +60,7 @@ def initial(params: PyTree, optimizer: optax.GradientTransformation, seed: int) 
     key = jax.random.key(seed)
     # Some optimizers keep the parameters themselves; no buffer may be donated twice.
     # Nor may a type be weak: it would not be after the first step, and the second would compile.
-    moments = jax.tree.map(lambda x: jnp.array(x, x.dtype), optimizer.init(trained))
+    moments = jax.tree.map(lambda x: jnp.array(x, jax.typeof(x).dtype), optimizer.init(trained))
     return State(params, moments, key, jnp.int32(0), zeros())
 
 
