@@ -21,7 +21,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array
 
 from jaxaccel import _graph, _rewritten
-from jaxaccel._forms import FORMS, XLA, Op, rule
+from jaxaccel._forms import FORMS, XLA, Op, concerns, rule
 from jaxaccel._graph import TUNED, Node, graph_of
 from jaxaccel._rewritten import everywhere, rewritten
 
@@ -69,7 +69,7 @@ def tuned(graph: _graph.Graph, arguments: Sequence[Any], tuner: Tuner) -> list[A
 
 
 def has_forms(node: Node) -> bool:
-    return node.name in _TUNED
+    return node.name in _TUNED and concerns(op_of(node))
 
 
 def op_of(node: Node) -> Op:

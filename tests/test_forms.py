@@ -58,13 +58,21 @@ def conv(
     return fn, (jnp.asarray(images, dtype), jnp.asarray(weights, dtype))
 
 
-def pool(shape, window, strides, pads) -> tuple[Callable, tuple[Any, ...]]:
-    """Max pooling of few values, so that nearly every window has a tie."""
+def pool(shape, window, strides, pads, sums=False) -> tuple[Callable, tuple[Any, ...]]:
+    """Pooling of few values, so that nearly every window has a tie."""
     x = np.random.default_rng(0).choice([0.0, 0.0, 1.0, -1.0], shape)
+    start, reduce = (0.0, lax.add) if sums else (-jnp.inf, lax.max)
     fn = lambda x: lax.reduce_window(
-        x, -jnp.inf, lax.max, (1, *window, 1), (1, *strides, 1), ((0, 0), *pads, (0, 0))
+        x, start, reduce, (1, *window, 1), (1, *strides, 1), ((0, 0), *pads, (0, 0))
     )
     return fn, (jnp.asarray(x),)
+
+
+def dot(left, right, axes) -> tuple[Callable, tuple[Any, ...]]:
+    """A matrix product over these axes."""
+    rng = np.random.default_rng(0)
+    fn = lambda a, b: jnp.tensordot(a, b, axes)
+    return fn, (jnp.asarray(rng.normal(size=left)), jnp.asarray(rng.normal(size=right)))
 
 
 CASES = {
@@ -91,6 +99,10 @@ CASES = {
     "2x2 pool": pool((2, 6, 5, 3), (2, 2), (2, 2), ((0, 0), (0, 0))),
     "3x3 pool": pool((2, 9, 8, 3), (3, 3), (2, 2), ((1, 1), (1, 1))),
     "uneven pool": pool((1, 9, 8, 2), (2, 3), (1, 4), ((0, 1), (2, 0))),
+    "average": pool((2, 6, 5, 3), (2, 2), (2, 2), ((0, 0), (0, 0)), sums=True),
+    "uneven average": pool((1, 9, 8, 2), (2, 3), (1, 4), ((0, 1), (2, 0)), sums=True),
+    "dot": dot((6, 3), (3, 5), ((1,), (0,))),
+    "dot of more axes": dot((4, 3, 2), (5, 2, 6), ((2,), (1,))),
 }
 
 
@@ -109,7 +121,7 @@ def calls(fn, args) -> list[Op]:
 def drawn(op: Op) -> list[Any]:
     """Operands; those of a pooling are few values, so that nearly every window has a tie."""
     rng = np.random.default_rng(0)
-    if op.name == "conv_general_dilated":
+    if op.name in ("conv_general_dilated", "dot_general"):
         return [
             jnp.asarray(rng.normal(size=s), d) for s, d in zip(op.shapes, op.dtypes, strict=True)
         ]
@@ -149,7 +161,8 @@ def test_forms_of_values_and_derivatives_equal_the_op(name):
     with jax.enable_x64(True):
         fn, args = CASES[name]
         ops = calls(fn, tuple(np.asarray(x, np.float64) for x in args))
-        assert all(candidates(op) for op in ops if FORMS[op.name])
+        assert all(candidates(op) for op in ops if FORMS[op.name] and op.name != "dot_general")
+        assert candidates(ops[0])
         assert wrong(ops, 1e-11) == []
 
 
@@ -210,17 +223,34 @@ def test_any_convolution(
     window=small,
     strides=small,
     pads=st.tuples(*[st.tuples(st.integers(0, 2), st.integers(0, 2))] * 2),
+    sums=st.booleans(),
 )
-def test_any_pooling_also_on_ties(size, window, strides, pads):
+def test_any_pooling_also_on_ties(size, window, strides, pads, sums):
     with jax.enable_x64(True):
-        fn, args = pool((2, *size, 2), window, strides, pads)
+        fn, args = pool((2, *size, 2), window, strides, pads, sums)
         if jax.eval_shape(fn, *args).size:
             assert wrong(calls(fn, tuple(np.asarray(x, np.float64) for x in args)), 1e-11) == []
 
 
+@settings(max_examples=10)
+@given(
+    summed=st.integers(2, 8),
+    left=st.lists(st.integers(1, 5), max_size=3),
+    right=st.lists(st.integers(1, 5), max_size=3),
+    data=st.data(),
+)
+def test_any_matrix_product_over_few_numbers(summed, left, right, data):
+    axes = [data.draw(st.integers(0, len(sizes))) for sizes in (left, right)]
+    shapes = [(*s[:a], summed, *s[a:]) for s, a in zip((left, right), axes, strict=True)]
+    with jax.enable_x64(True):
+        ops = calls(*dot(*shapes, axes=tuple((axis,) for axis in axes)))
+        assert candidates(ops[0])
+        assert wrong(ops, 1e-11) == []
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_accumulates_in_float32(dtype):
-    for name in ("stride 2", "depthwise"):
+    for name in ("stride 2", "depthwise", "uneven average", "dot"):
         fn, args = CASES[name]
         for op in calls(fn, tuple(x.astype(dtype) for x in args)):
             assert wrong([op], float(jnp.finfo(dtype).eps)) == []
@@ -240,6 +270,11 @@ def test_the_result_has_the_preferred_dtype():
         conv(dtype=jnp.int32),
         conv((4, 4, 4), (2, 2, 2), layout=("NDHWC", "DHWIO", "NDHWC"), strides=(1, 1, 1)),
         conv(batch=0, padding="VALID"),
+        dot((9, 9), (9, 9), ((1,), (0,))),
+        dot((3, 9), (9, 3), ((1,), (0,))),
+        dot((5, 2, 3), (2, 3, 4), ((1, 2), (0, 1))),
+        (jax.vmap(jnp.dot), (jnp.ones((2, 5, 3)), jnp.ones((2, 3, 4)))),
+        (jnp.dot, (jnp.ones((5, 3), int), jnp.ones((3, 4), int))),
         (lambda x: lax.reduce_window(x, 0, lax.max, (2,), (1,), "VALID"), (jnp.arange(4),)),
         pool((1, 6, 6, 1), (2, 2), (1, 1), ((2, 0), (0, 0))),
         pool((1, 20, 20, 1), (8, 8), (8, 8), ((0, 0), (0, 0))),
@@ -259,6 +294,8 @@ def test_rules_choose_what_applies_and_nothing_off_the_cpu():
             assert _forms.rule(op, "cuda") == XLA
     op, *_ = calls(*CASES["depthwise"])
     assert _forms.rule(op, "cpu") == "shifted"
+    op, *_ = calls(*dot((4096, 3), (3, 64), ((1,), (0,))))
+    assert _forms.rule(op, "cpu") == "outer products"
 
 
 def test_equal_calls_have_equal_keys():

@@ -11,7 +11,6 @@ from math import prod
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import numpy as np
 from jaxtyping import Array
 
@@ -33,6 +32,8 @@ XLA = "xla"  # the op itself
 _MAX_TAPS = 49
 _MAX_GROUPS = 16  # of channels, with a convolution each
 _MAX_PHASES = 9
+_FEW = 8  # numbers summed in a matrix product
+_MANY = 100_000  # numbers in its result
 _THIN = 32  # channels
 _WIDE = 16
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -70,6 +71,12 @@ class Op:
     def terms(self) -> int:
         """How many products are summed for one number of the result."""
         return prod(self.kernel[:3]) if self.name == "conv_general_dilated" else 1
+
+    @cached_property
+    def summed(self) -> int:
+        """Over how many numbers a matrix product without a batch sums; 0 for another one."""
+        (left, _), (batch, _) = self.params["dimension_numbers"]
+        return self.shapes[0][left[0]] if len(left) == 1 and not batch else 0
 
     @cached_property
     def key(self) -> str:
@@ -113,7 +120,7 @@ def _holds(condition: Callable[[Op], bool], op: Op) -> bool:
     """Not where it depends on a symbolic size."""
     try:
         return condition(op)
-    except jax.core.InconclusiveDimensionOperation:
+    except jax.errors.InconclusiveDimensionOperation:
         return False
 
 
@@ -146,6 +153,16 @@ def _valid_pool(op: Op) -> bool:
             )
         )
     )
+
+
+def concerns(op: Op) -> bool:
+    """Whether it, or a derivative of it, may have forms: of matrix products few do."""
+    few = lambda op: any(size <= _FEW for shape in op.shapes for size in shape)
+    return op.name != "dot_general" or _holds(few, op)
+
+
+def _valid_dot(op: Op) -> bool:
+    return _sized(op) and op.dtypes[0] == op.dtypes[1] and 1 < op.summed <= _FEW
 
 
 def _dense(op: Op) -> bool:
@@ -216,9 +233,9 @@ def _itself(x: Array, kernel: Array, conv: Conv) -> Array:
 
 
 _ONE_TAP = _both(_dense, lambda op: op.kernel[:2] == (1, 1))
-_ONE_PLACE = _both(_dense, lambda op: op.places == (1, 1))
+_ONE_PLACE = _both(_dense, lambda op: op.places == (1, 1))  # where all forms are one product
 _PLACES = _both(_dense, _few_places, _thin_images, lambda op: op.places > (1, 1))
-_TAPS = _both(_dense, _several_taps, _thin(2))
+_TAPS = _both(_dense, _several_taps, _thin(2), lambda op: op.places > (1, 1))
 _CHANNELS = _both(_each_channel, _few_taps)
 _CONVS = {
     "shifted": (alone(_depthwise.shifted), _CHANNELS),
@@ -243,12 +260,17 @@ FORMS: dict[str, dict[str, Form]] = {
     "conv_general_dilated": {
         name: Form(canonical(run), applies) for name, (run, applies) in _CONVS.items()
     },
+    "dot_general": {"outer products": Form(_contracted.outer_products, lambda op: True)},
+    "reduce_window_sum": {"sums": Form(_pooling.sums, _valid_pool)},
     "reduce_window_max": {"maxima": Form(_pooling.maxima, _valid_pool)},
     "select_and_scatter_add": {"scattered": Form(_pooling.scattered, _valid_pool)},
     # Its transpose is the above. Where values tie, XLA's choice here is not the first.
     "select_and_gather_add": {},
 }
-_VALID = dict.fromkeys(FORMS, _valid_pool) | {"conv_general_dilated": _valid_conv}
+_VALID = dict.fromkeys(FORMS, _valid_pool) | {
+    "conv_general_dilated": _valid_conv,
+    "dot_general": _valid_dot,
+}
 
 
 def _wide_or_gradient(op: Op) -> bool:
@@ -261,8 +283,16 @@ def _preferred_conv(op: Op) -> tuple[str, ...]:
     return (*first, "spread") if _holds(_both(_dense, _wide_or_gradient), op) else first
 
 
+def _preferred_dot(op: Op) -> tuple[str, ...]:
+    """Of coordinates, say: what XLA:CPU's library does worst."""
+    rows = (prod(shape) // op.summed for shape in op.shapes)
+    return ("outer products",) if op.summed == 3 and prod(rows) >= _MANY else ()
+
+
 _PREFERRED: dict[str, Callable[[Op], tuple[str, ...]]] = {
     "conv_general_dilated": _preferred_conv,
+    "dot_general": _preferred_dot,
+    "reduce_window_sum": lambda op: ("sums",),
     "reduce_window_max": lambda op: ("maxima",),
     "select_and_scatter_add": lambda op: ("scattered",),
     "select_and_gather_add": lambda op: (),

@@ -1,6 +1,7 @@
-"""Convolutions as matrix products."""
+"""Convolutions as matrix products, and a matrix product as a sum."""
 
 from math import prod
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -114,3 +115,15 @@ def gathered_rows(x: Array, kernel: Array, conv: Conv) -> Array:
         row = jnp.concatenate(windows[r * columns : (r + 1) * columns], 3)
         found.append(_dot(row.reshape(len(flat), -1).T, flat, conv))
     return _assembled(jnp.concatenate(found), x, kernel, conv)
+
+
+def outer_products(a: Array, b: Array, **params: Any) -> Array:
+    """A matrix product over few numbers, as the sum of a product for each, which XLA fuses."""
+    ((left,), (right,)), _ = params["dimension_numbers"]
+    result = params["preferred_element_type"] or jnp.promote_types(a.dtype, b.dtype)
+    wide = jnp.promote_types(result, jnp.float32)
+    columns = jnp.moveaxis(a.astype(wide), left, 0)
+    rows = jnp.moveaxis(b.astype(wide), right, 0)
+    columns = columns.reshape(*columns.shape, *(1 for _ in rows.shape[1:]))
+    products = [columns[k] * rows[k] for k in range(len(rows))]
+    return sum(products[1:], start=products[0]).astype(result)

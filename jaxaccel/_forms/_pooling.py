@@ -1,4 +1,4 @@
-"""Max pooling and its gradient as maxima and selections of strided slices.
+"""Pooling and the gradient of max pooling: maxima, sums and selections of strided slices.
 
 Where values tie the first in row-major order is taken, as XLA takes it. A window that holds a
 NaN, or at an edge nothing but -inf, may pass its gradient to another pixel than XLA's, or to none.
@@ -20,9 +20,11 @@ def _edges(params: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     return [(int(low), int(high), 0) for low, high in params["padding"]]
 
 
-def _pixels(x: Array, size: Sequence[int], params: Mapping[str, Any]) -> list[Array]:
+def _pixels(
+    x: Array, size: Sequence[int], params: Mapping[str, Any], edge: float = -jnp.inf
+) -> list[Array]:
     """The pixels of every window, one array per place in the window, in row-major order."""
-    x = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), _edges(params))
+    x = lax.pad(x, jnp.asarray(edge, x.dtype), _edges(params))
     window, strides = params["window_dimensions"], params["window_strides"]
     found = []
     for start in product(*(range(n) for n in window)):
@@ -42,6 +44,16 @@ def _size(x: Array, params: Mapping[str, Any]) -> list[int]:
 def maxima(x: Array, **params: Any) -> Array:
     """The largest of the pixels of each window, not computed anew by what reads it."""
     return apart(lambda x: reduce(lax.max, _pixels(x, _size(x, params), params)), x)
+
+
+def sums(x: Array, **params: Any) -> Array:
+    """The sum of the pixels of each window: average pooling, and with stride 1 its gradient."""
+
+    def run(x: Array) -> Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return reduce(lax.add, _pixels(wide, _size(x, params), params, 0.0)).astype(x.dtype)
+
+    return apart(run, x)
 
 
 def scattered(g: Array, x: Array, **params: Any) -> Array:
