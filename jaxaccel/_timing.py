@@ -146,6 +146,8 @@ def _interleaved(calls: Mapping[str, Callable], rounds: int) -> dict[str, float]
     first = {n: s if s > once else min(s, _sample(calls[n], 1)) for n, s in first.items()}
     limit = _HOPELESS * min(first.values())
     kept = [name for name in order if first[name] <= limit]
+    if len(kept) == 1:  # nothing is left to decide
+        return first
     counts = {name: max(1, min(50, int(_SAMPLE_SECONDS / first[name]))) for name in kept}
     seconds: dict[str, list[float]] = {name: [first[name]] for name in order}
     seconds |= {name: [] for name in kept}

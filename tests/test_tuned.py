@@ -59,7 +59,13 @@ def pooled(x, kernel):
     return y**2
 
 
+def product_of_sums(x, kernel):
+    y = lax.reduce_window(x, 0.0, lax.add, (1, 3, 2, 1), (1, 2, 2, 1), "SAME")
+    return y @ kernel.sum((0, 1))
+
+
 FUNCTIONS = {"depthwise": (depthwise, 1, 6), "dense": (dense, 3, 2), "pooled": (pooled, 1, 3)}
+FUNCTIONS["product of sums"] = (product_of_sums, 3, 2)
 
 
 def operands(inputs, outputs):
