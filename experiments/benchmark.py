@@ -24,7 +24,9 @@ Each in its best mode, the fastest of those tried here on the same batch:
     onnxruntime      all graph optimizations; int8 static, per channel, by its own tools
     openvino         the latency hint, float32; int8 from the same file as onnxruntime's
 
-One process, as many threads as cores for each, warm, in turn in shuffled order, a pause at every
+One process, with huge pages from glibc for all (GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which this
+sets where nothing else is; `experiments.dispatch --parts memory` shows what they are worth), as
+many threads as cores for each, warm, in turn in shuffled order, a pause at every
 change so that the thread pools of the one before sleep; ratios are taken within each round.
 Inference on a CPU waits for every call, as one request after another; training and a GPU wait for
 the last call of a sample. Every sample of training begins at the initial weights. Leave the
@@ -218,9 +220,13 @@ def versions() -> dict[str, str]:
 def key(what: str, rounds: int, seed: int) -> str:
     """A case, or the limits, on this machine with these versions and this code."""
     on = environment()
-    machine = f"{on['device']}, {on['processor']}, {on['cores']} cores, code {_code()}"
+    machine = f"{on['device']}, {on['processor']}, {on['cores']} cores, {_malloc()}, code {_code()}"
     parts = [f"{what}, {rounds} rounds, seed {seed}", machine, *map(" ".join, versions().items())]
     return "; ".join(parts)
+
+
+def _malloc() -> str:
+    return f"GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', '')}"
 
 
 @cache
@@ -259,7 +265,7 @@ def progress(cases: int) -> Iterator[Callable]:
 def publish(folder: Path, records: list[dict], found: dict[str, Any], rounds: int) -> None:
     """Tables and plots."""
     named = ", ".join(f"{name} {number}" for name, number in versions().items())
-    head = f"{environment()['processor']}; {common.machine_line()}\n{named}"
+    head = f"{environment()['processor']}; {common.machine_line()}\n{named}\n{_malloc()}"
     dates = " and ".join(sorted({record["date"] for record in records}))
     note = (
         f"Medians of {rounds} rounds, quartiles; ratios within each round, above 1 is faster. "
@@ -304,4 +310,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    common.with_huge_pages()
     main()

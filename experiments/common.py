@@ -24,6 +24,8 @@ from jaxaccel._graph import Graph
 from jaxaccel.measure import table
 
 NOT_MEASURED = "not measured"
+# Of glibc: memory comes in pages of 2 MiB, not 4 KiB, of which each must be zeroed at first touch.
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,6 +74,16 @@ def use_device(device: str, parser: Parser, *, keep_compiled: bool = True) -> No
         _keep_compiled()
     else:
         jax.config.update("jax_enable_compilation_cache", False)
+
+
+def with_huge_pages() -> None:
+    """Starts the program again with `HUGE_PAGES`, which glibc reads at its start only.
+
+    What the user set for glibc stands. Elsewhere than on Linux nothing happens.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def _keep_compiled() -> None:

@@ -1,6 +1,6 @@
 """What the settings of compiling and of dispatching buy, on plain XLA.
 
-    python -m experiments.dispatch [--parts donation layouts options steps cache]
+    python -m experiments.dispatch [--parts donation layouts options steps cache memory]
 
 Each part takes its candidates in turn, in one process and in shuffled order; the ratio is a
 candidate's time over the first one's in the same round, below 1 is faster.
@@ -13,6 +13,9 @@ candidate's time over the first one's in the same round, below 1 is faster.
     steps     K training steps as K calls, in lax.scan, in lax.scan with unroll=K, and written out
               in one program; jx.Accelerator(steps_per_call=K) is the third on CPU, else the second
     cache     the first training step of a process: nothing kept, and from the persistent cache
+    memory    a training step under settings of glibc's malloc, each in processes of its own:
+              GLIBC_TUNABLES=glibc.malloc.hugetlb=1 asks for huge pages, and with "kept" blocks are
+              not given back to the system after each step, to be zeroed again page by page
 
 XLA:CPU brings a convolution into the form that its fast kernels take only in the entry computation
 of a program. In a loop's body those that are not in it already, such as each gradient of a kernel,
@@ -20,13 +23,6 @@ are left to a naive loop nest; steps that are written out, or a scan that is unr
 stay in the entry.
 """
 
-import json
-import os
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable
 from functools import partial, reduce
 from itertools import pairwise
@@ -36,7 +32,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax import lax
 from jax.experimental.layout import Format, Layout
@@ -44,8 +39,17 @@ from matplotlib.figure import Figure
 
 import jaxaccel as jx
 from experiments import common
+from experiments.dispatch_processes import cache, memory
+from experiments.dispatch_steps import (
+    Candidate,
+    Rows,
+    compiled,
+    convnet,
+    mobilenet,
+    rows,
+    stepping,
+)
 from jaxaccel._tuned import untuned
-from jaxaccel.measure._compare import _interleave
 from jaxaccel.measure._cost import _peak_memory
 
 K = 4
@@ -69,91 +73,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "xla_backend_optimization_level": 1,
     },
 }
-Rows = list[dict[str, Any]]
-# What is called (None: it does not compile), the seconds of compiling, and what that told.
-Candidate = tuple[Callable[[], Any] | None, float | None, dict[str, Any]]
-
-
-def rows(part: str, subject: str, ways: dict[str, Candidate], rounds: int, per: int = 1) -> Rows:
-    """One line for each way; times are divided by the steps in a call."""
-    calls = {name: call for name, (call, _, _) in ways.items() if call}
-    seconds = _interleave(calls, rounds, min_time=0.02)
-    base = seconds[next(iter(ways))]
-    found = []
-    for name, (_, compile_s, told) in ways.items():
-        row = {"part": part, "subject": subject, "setting": name, "compile_s": compile_s}
-        found.append(row | {"found": told} | times(seconds.get(name), base, per))
-    return found
-
-
-def times(seconds: list[float] | None, base: list[float], per: int = 1) -> dict[str, Any]:
-    if seconds is None:
-        return {"ms": None, "ratio": None, "quartiles": None}
-    ratios = [own / first for own, first in zip(seconds, base, strict=True)]
-    low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    ms = 1e3 * statistics.median(seconds) / per
-    return {"ms": ms, "ratio": ratio, "quartiles": [low, high]}
-
-
-def compiled(fn: Callable, args: tuple, options: Any = None, **jit: Any) -> tuple[Any, float]:
-    """The program, and the seconds of tracing, lowering and compiling it."""
-    start = time.perf_counter()
-    program = jax.jit(fn, **jit).lower(*args).compile(compiler_options=options)
-    return program, time.perf_counter() - start
-
-
-def stepping(program: Callable, state: Any, batch: Any) -> Callable[[], Any]:
-    """A call makes a step from where the last one stopped; the state may be donated."""
-    state = jax.tree.map(jnp.copy, state)
-
-    def call() -> Any:
-        nonlocal state
-        state = program(state, batch)
-        return state
-
-    return call
-
-
-def training(module: nnx.Module, shape: tuple, seed: int) -> tuple[Callable, Any, dict]:
-    """A step ``(state, batch) -> state`` with Adam, its state and a batch."""
-    fn, params = jx.functional(module)
-    tx = optax.adam(1e-3)
-
-    def step(state: tuple, batch: dict) -> tuple:
-        params, moments, key = state
-        key, dropout = jax.random.split(key)
-
-        def objective(trained: Any) -> tuple[jax.Array, Any]:
-            logits, updates = fn.train(params | {"params": trained}, dropout, batch["image"])
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-            return losses.mean(), updates
-
-        grads, updates = jax.grad(objective, has_aux=True)(params["params"])
-        changes, moments = tx.update(grads, moments, params["params"])
-        trained = optax.apply_updates(params["params"], changes)
-        return params | updates | {"params": trained}, moments, key
-
-    rng = np.random.default_rng(seed)
-    image = jnp.asarray(rng.random(shape), jnp.float32)
-    batch = {"image": image, "label": jnp.asarray(rng.integers(0, 10, shape[0]))}
-    return step, (params, tx.init(params["params"]), jax.random.key(seed)), batch
-
-
-def convnet(batch: int, seed: int) -> tuple[Callable, Any, dict]:
-    """In XLA's own ops."""
-    made = training(jx.nn.ConvNet(rngs=nnx.Rngs(seed)), (batch, 28, 28, 1), seed)
-    return untuned(made[0]), *made[1:]
-
-
-def mobilenet(seed: int) -> tuple[Callable, Any, dict]:
-    return training(jx.nn.MobileNet(10, rngs=nnx.Rngs(seed)), (8, 96, 96, 3), seed)
 
 
 def donation(seed: int, rounds: int) -> Rows:
     made = {f"ConvNet, batch {size}": convnet(size, seed) for size in (16, 128)}
     found = []
     for name, (step, state, batch) in (
-        made | {"MobileNet 96x96, batch 8": mobilenet(seed)}
+        made | {"MobileNet 96x96, batch 8": mobilenet(8, seed)}
     ).items():
         ways: dict[str, Candidate] = {}
         for setting, donated in (("not donated", ()), ("donated", 0)):
@@ -284,49 +210,7 @@ def loops(program: Any) -> dict[str, Any]:
     return {"loops": program.as_text().count(" while(")}  # random bits are drawn in some
 
 
-def cache(seed: int, rounds: int) -> Rows:
-    """Each process of a pair starts anew; the second finds what the first one left."""
-    pairs: list[list[dict[str, float]]] = []
-    for _ in range(max(2, rounds // 5)):
-        with tempfile.TemporaryDirectory() as folder:
-            pairs.append([elsewhere(folder, seed) for _ in range(2)])
-    found, base = [], [first["seconds"] for first, _ in pairs]
-    where = {"part": "cache", "subject": "MobileNet 96x96, batch 8, first step"}
-    for i, setting in enumerate(("nothing kept", "from the cache")):
-        runs = [pair[i] for pair in pairs]
-        row = {"setting": setting, "found": {"checksum": runs[0]["checksum"]}}
-        row |= {"compile_s": statistics.median(run["compile_s"] for run in runs)}
-        found.append(where | row | times([run["seconds"] for run in runs], base))
-    return found
-
-
-def elsewhere(folder: str, seed: int) -> dict[str, float]:
-    """The first step of a process of its own."""
-    settings = {
-        "JAX_PLATFORMS": "cpu" if jax.default_backend() == "cpu" else "cuda,cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": folder,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    }
-    code = f"from experiments import dispatch; dispatch.first_step({seed})"
-    command = [sys.executable, "-c", code]
-    out = subprocess.run(command, env=os.environ | settings, stdout=subprocess.PIPE, check=True)
-    return json.loads(out.stdout.splitlines()[-1])
-
-
-def first_step(seed: int) -> None:
-    """Prints what it took, of which how much to compile, and whether all of it is the same."""
-    step, state, batch = mobilenet(seed)
-    start = time.perf_counter()
-    program, compile_s = compiled(step, (state, batch))
-    params = jax.block_until_ready(program(state, batch))[0]
-    seconds = time.perf_counter() - start
-    checksum = sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(params))
-    print(json.dumps({"seconds": seconds, "compile_s": compile_s, "checksum": checksum}))
-
-
-PARTS = {part.__name__: part for part in (donation, layouts, options, steps, cache)}
+PARTS = {part.__name__: part for part in (donation, layouts, options, steps, cache, memory)}
 
 
 def page(found: Rows, style: Any) -> str:

@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 
 import jaxaccel as jx
-from experiments import accuracy, dispatch, mnist, networks, report, xla_cpu
+from experiments import (
+    accuracy,
+    common,
+    dispatch,
+    dispatch_processes,
+    mnist,
+    networks,
+    report,
+    xla_cpu,
+)
 
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -230,6 +239,33 @@ def test_dispatch_writes_its_tables(tmp_path, monkeypatch):
     settings = ["NHWC", "NHWC, arguments as XLA asks", "NCHW", "NCHW, arguments as XLA asks"]
     assert [row["setting"] for row in rows] == 2 * settings
     assert all(row["ms"] > 0 for row in rows)
+
+
+def test_settings_of_a_process_are_compared_with_the_first(monkeypatch):
+    seconds = {"": 2.0, common.HUGE_PAGES: 1.0}
+
+    def made(call, folder, environment):
+        assert call == "later_step(5)"
+        return {"seconds": seconds.get(environment["GLIBC_TUNABLES"], 4.0), "compile_s": 1.0,
+                "checksum": 3.0}  # fmt: skip
+
+    monkeypatch.setattr(dispatch_processes, "elsewhere", made)
+    found = dispatch_processes.memory(seed=5, rounds=10)
+    assert [row["setting"] for row in found] == list(dispatch_processes.MALLOC)
+    assert [row["ratio"] for row in found] == [1, 0.5, 2, 2]
+    assert [row["ms"] for row in found] == [2000, 1000, 4000, 4000]
+
+
+def test_huge_pages_start_the_program_again_once(monkeypatch):
+    started = []
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "execv", lambda *command: started.append(command))
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    for _ in range(2):
+        common.with_huge_pages()
+    assert started == [(sys.executable, sys.orig_argv)]
+    assert os.environ["GLIBC_TUNABLES"] == common.HUGE_PAGES
 
 
 def tiny_stack():
