@@ -35,7 +35,8 @@ _MAX_PHASES = 9
 _FEW = 8  # numbers summed in a matrix product
 _MANY = 100_000  # numbers in its result
 _THIN = 32  # channels
-_WIDE = 16
+_NARROW = 4
+_WIDE = 20
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -273,14 +274,30 @@ _VALID = dict.fromkeys(FORMS, _valid_pool) | {
 }
 
 
-def _wide_or_gradient(op: Op) -> bool:
-    return (op.kernel[3] >= _WIDE and _several_taps(op)) or _few_places(op)
-
-
 def _preferred_conv(op: Op) -> tuple[str, ...]:
-    """Of a survey of shapes on a 2-core CPU; see `experiments.depthwise` and `.benchmark`."""
-    first = ("phases, shifted", "shifted", "summed", "product", "window product")
-    return (*first, "spread") if _holds(_both(_dense, _wide_or_gradient), op) else first
+    """Of what `experiments.forms` and a survey of shapes around it show on a 2-core CPU."""
+    if not _dense(op):
+        return "phases, shifted", "shifted", "summed", "split"
+    if _holds(_few_places, op):
+        return ("window product", "spread") if _holds(_several_images, op) else ()
+    if op.kernel[3] <= _NARROW:
+        return "shifted", "scattered dots"
+    if prod(op.conv.lhs_dilation) > 1:
+        return ("phases, spread",)
+    return ("shifted", "product", "spread") if _holds(_wide, op) else ("shifted", "product")
+
+
+def _several_images(op: Op) -> bool:
+    """Of a kernel's gradient, whose images come as the channels."""
+    return op.kernel[2] > 1
+
+
+def _wide(op: Op) -> bool:
+    """Where the library for spread images is the faster one."""
+    if prod(op.conv.strides) > 1:
+        return op.kernel[3] >= _WIDE and prod(op.kernel[:2]) <= 25
+    least = 500 if op.images[0] == 1 else 144
+    return op.kernel[3] >= _WIDE and op.terms >= least
 
 
 def _preferred_dot(op: Op) -> tuple[str, ...]:
