@@ -20,6 +20,7 @@ from jaxaccel._forms._conv import (
     alone,
     canonical,
     conv_of,
+    edged,
     out_size,
     phases,
     shapes_of,
@@ -239,7 +240,7 @@ _PLACES = _both(_dense, _few_places, _thin_images, lambda op: op.places > (1, 1)
 _TAPS = _both(_dense, _several_taps, _thin(2), lambda op: op.places > (1, 1))
 _CHANNELS = _both(_each_channel, _few_taps)
 _CONVS = {
-    "shifted": (alone(_depthwise.shifted), _CHANNELS),
+    "shifted": (edged(alone(_depthwise.shifted)), _CHANNELS),
     "phases, shifted": (alone(phases(_depthwise.shifted)), _both(_CHANNELS, _gaps)),
     "summed": (_depthwise.summed, _both(_each_image, _few_places)),
     "spread": (_conv.spread, _both(_single, _few_numbers)),

@@ -136,6 +136,12 @@ def alone(form: ConvForm) -> ConvForm:
     return lambda x, kernel, conv: apart(lambda x, kernel: form(x, kernel, conv), x, kernel)
 
 
+def edged(form: ConvForm) -> ConvForm:
+    """The form of images with their edges, which another form of the same images may share."""
+    without = {"pads": ((0, 0), (0, 0)), "lhs_dilation": (1, 1)}
+    return lambda x, kernel, conv: form(padded(x, conv), kernel, conv._replace(**without))
+
+
 def phases(form: ConvForm) -> ConvForm:
     """A convolution of spread images, as one convolution for each place between two pixels.
 
