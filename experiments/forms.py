@@ -1,10 +1,12 @@
 """Every form of `jx.autotune` against XLA's own, for calls that networks make.
 
     python -m experiments.forms
+    python -m experiments.forms --survey
 
-Each call and each of its gradients is timed in all forms that apply to it, which must equal XLA's
-own; "rule" is the form that is taken without timing. The second table holds rewritings that
-`jx.autotune` does not try, and why: here, none is the fastest.
+Each call and each of its gradients is timed as `jx.autotune` does it, in all forms that apply,
+which must equal XLA's own; "rule" is the form that is taken without timing. With --survey these
+are the shapes, at several batch sizes, that the rules for a CPU were drawn from. The second table
+holds rewritings of a dense convolution that `jx.autotune` does not try:
 
     space to depth   a strided convolution as one that moves by one over the pixels between two
                      strides, as channels
@@ -12,7 +14,7 @@ own; "rule" is the form that is taken without timing. The second table holds rew
     padded before    the edges by jax.lax.pad, the convolution without
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +27,11 @@ from matplotlib.figure import Figure
 from rich.progress import track
 
 from experiments import common
+from jaxaccel._autotune import times
 from jaxaccel._forms import XLA, Op, candidates, rule
-from jaxaccel._forms_report import _operands, _operation
+from jaxaccel._forms_report import operands, operation
 from jaxaccel._graph import graph_of
-from jaxaccel._timing import synthetic, timed
-from jaxaccel._tuned import has_forms, op_of, original
+from jaxaccel._tuned import has_forms, op_of
 from jaxaccel.measure import table
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -88,6 +90,26 @@ CALLS = (
 )
 
 
+def survey() -> Iterator[Call]:
+    """The shapes around those of the networks."""
+    for b in (1, 4, 16):
+        for side, c in ((56, 64), (28, 128), (14, 256), (7, 512)):
+            yield conv(f"3x3, batch {b}", (b, side, side, c), (3, 3, c, c), 1, 1)
+        for side, c in ((56, 64), (14, 256)):
+            yield conv(f"3x3, stride 2, batch {b}", (b, side, side, c), (3, 3, c, 2 * c), 2, 1)
+            yield conv(f"1x1, stride 2, batch {b}", (b, side, side, c), (1, 1, c, 2 * c), 2)
+    for b in (1, 16):
+        for groups, c, side in ((2, 64, 28), (4, 128, 28), (8, 128, 14), (16, 256, 14)):
+            x, kernel = (b, side, side, c), (3, 3, c // groups, c)
+            yield conv(f"{groups} groups, batch {b}", x, kernel, 1, 1, groups)
+    for b in (1, 16, 128):
+        for side, c, out in ((28, 1, 32), (28, 3, 16), (24, 10, 20), (28, 16, 16), (32, 16, 32)):
+            yield conv(f"few channels, batch {b}", (b, side, side, c), (3, 3, c, out), 1, 1)
+    for summed in (2, 3, 4, 6, 8):
+        for rows, columns in ((1_000, 128), (10_000, 16), (10_000, 128), (100_000, 64)):
+            yield Call(f"dense, {summed} summed", jnp.dot, ((rows, summed), (summed, columns)))
+
+
 def ops_of(call: Call) -> list[Op]:
     """The operation, and those of its gradients."""
 
@@ -96,8 +118,7 @@ def ops_of(call: Call) -> list[Op]:
         return out, pullback(out)
 
     avals = [jax.ShapeDtypeStruct(shape, np.float32) for shape in call.shapes]
-    nodes = (node for node in graph_of(everything, *avals)[0].nodes if has_forms(node))
-    return [op for op in map(op_of, nodes) if candidates(op)]
+    return [op_of(node) for node in graph_of(everything, *avals)[0].nodes if has_forms(node)]
 
 
 def space_to_depth(call: Call, x: Any, kernel: Any) -> Any:
@@ -133,24 +154,20 @@ def refused(call: Call) -> dict[str, Callable]:
     return {name: partial(fn, call) for name, fn in found.items()}
 
 
-def measured(call: Call, op: Op, forward: bool, rounds: int) -> dict[str, Any]:
+def measured(call: Call, op: Op, forward: bool) -> dict[str, Any]:
     """Seconds of each form, and of what is refused."""
-    forms = {XLA: partial(original, op.name)}
-    forms |= {name: form.run for name, form in candidates(op).items()}
-    runs: dict[str, Callable] = {name: partial(run, **op.params) for name, run in forms.items()}
     others = refused(call) if forward and call.stride else {}
-    avals = [jax.ShapeDtypeStruct(s, d) for s, d in zip(op.shapes, op.dtypes, strict=True)]
-    found = timed(runs | others, synthetic(avals), rounds, terms=op.terms)
-    part = call.name if forward else f"{call.name}, gradient"
-    seconds = {name: found.seconds[name] for name in runs if name in found.seconds}
+    seconds, dropped = times(op, others)
+    if XLA not in seconds:
+        raise SystemExit(f"{call.name}: XLA's own form failed: {dropped.get(XLA)}")
     return {
-        "part": part,
-        "operation": _operation(op),
-        "operands": _operands(op),
+        "part": call.name if forward else f"{call.name}, gradient",
+        "operation": operation(op),
+        "operands": operands(op),
         "rule": rule(op, jax.default_backend()),
-        "seconds": seconds,
-        "refused": {name: found.seconds[name] for name in others if name in found.seconds},
-        "dropped": found.dropped,
+        "seconds": {name: own for name, own in seconds.items() if name not in others},
+        "refused": {name: seconds[name] for name in others if name in seconds},
+        "dropped": dropped,
     }
 
 
@@ -159,9 +176,10 @@ def page(rows: list[dict[str, Any]], style: Any) -> str:
     for row in rows:
         seconds = row["seconds"]
         best = min(seconds, key=lambda name: seconds[name])
-        times = lambda name, seconds=seconds: seconds[XLA] / seconds[name]
+        gain = lambda name, seconds=seconds: seconds[XLA] / seconds[name]
         where = (row["part"], row["operation"], row["operands"], 1e3 * seconds[XLA])
-        lines.append((*where, best, times(best), row["rule"], times(row["rule"])))
+        by_rule = gain(row["rule"]) if row["rule"] in seconds else "differs"
+        lines.append((*where, best, gain(best), row["rule"], by_rule))
         for name, own in row["refused"].items():
             ratios = seconds[XLA] / own, seconds[best] / own
             others.append((row["part"], name, 1e3 * own, *ratios))
@@ -180,10 +198,10 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
     }
     points: dict[str, list[tuple[float, int]]] = {name: [] for name in styles}
     for y, row in enumerate(rows):
-        times = {name: row["seconds"][XLA] / own for name, own in row["seconds"].items()}
-        points["another form"] += [(value, y) for value in times.values()]
-        points["by rule"].append((times[row["rule"]], y))
-        points["fastest"].append((max(times.values()), y))
+        gains = {name: row["seconds"][XLA] / own for name, own in row["seconds"].items()}
+        points["another form"] += [(value, y) for value in gains.values()]
+        points["by rule"] += [(gains[row["rule"]], y)] if row["rule"] in gains else []
+        points["fastest"].append((max(gains.values()), y))
     for label, style in styles.items():
         x, y = zip(*points[label], strict=True)
         axes.scatter(x, y, label=label, **style)
@@ -200,14 +218,16 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser("forms", __doc__, "forms")
-    parser.add_argument("--rounds", type=common.positive, default=9)
+    parser.add_argument("--survey", action="store_true", help="the shapes behind the rules")
     args = parser.parse_args(argv)
     common.use_device(args.device, parser)
     folder = common.make_folder(args.out, parser)
-    jobs = [(call, op, i == 0) for call in CALLS for i, op in enumerate(ops_of(call))]
-    rows = [measured(*job, args.rounds) for job in track(jobs, "forms", transient=True)]
-    common.write(folder / "forms", partial(page, rows), {"rows": rows})
-    plot(folder / "forms.png", rows)
+    calls, name = (survey(), "forms-survey") if args.survey else (CALLS, "forms")
+    jobs = [(call, op, i == 0) for call in calls for i, op in enumerate(ops_of(call))]
+    jobs = [job for job in jobs if candidates(job[1])]
+    rows = [measured(*job) for job in track(jobs, "forms", transient=True)]
+    common.write(folder / name, partial(page, rows), {"rows": rows})
+    plot(folder / f"{name}.png", rows)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""`jx.autotune`: every convolution and pooling in the form that this backend runs fastest."""
+"""`jx.autotune`: convolutions, poolings and small products in the form that is fastest here."""
 
 import functools
-import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +16,11 @@ from rich.progress import Progress
 
 from jaxaccel import _graph
 from jaxaccel._choices import Choices, digest
-from jaxaccel._forms import FORMS, XLA, Op, candidates, rule
+from jaxaccel._forms import XLA, Op, candidates, rule
 from jaxaccel._forms_report import Report, Row, Whole
 from jaxaccel._graph import Graph, Node, Value
 from jaxaccel._rewritten import flat_graph
-from jaxaccel._timing import synthetic, timed
+from jaxaccel._timing import Timed, synthetic, timed
 from jaxaccel._tuned import has_forms, op_of, original, tuned
 
 # A form is taken if it is faster by more than what two timings of the same code differ.
@@ -39,11 +38,12 @@ def autotune(
 ) -> "Autotuned":
     """The same function, its convolutions and poolings in the form that is fastest here.
 
-    Every convolution, max pooling and gradient of these is timed in several equivalent forms, for
-    its exact shapes, dtypes and parameters, on random numbers, when it is first compiled. A form
-    whose result differs by more than rounding is not taken. Then the whole function is timed
-    against the original; where it is not faster, the original is what runs. What was found is
-    kept on disk and is not timed again on the same machine with the same versions.
+    Every convolution, max or average pooling, matrix product that sums over 2 to 8 numbers, and
+    gradient of these is timed in several equivalent forms, for its exact shapes, dtypes and
+    parameters, on random numbers, when it is first compiled. A form whose result differs by more
+    than rounding is not taken. Then the whole function is timed against the original; where it is
+    not faster, its calls run as they were. What was found is kept on disk and is not timed again
+    on the same machine with the same versions and settings.
 
     `fn` may be a forward function that is differentiated afterwards, or a whole training step.
     Forms are chosen when a call is lowered, for every derivative by itself, so that `jax.grad`,
@@ -133,17 +133,18 @@ class Autotuned:
         avals = [value.aval for value in graph.inputs]
         key = f"whole {digest(_described(graph), list(map(str, avals)), forms)}"
         row = self._tuner.choices.get(key)
-        if row is None or not _complete(row):
+        if row is None or not _complete(row, {"plain", "tuned"}):
             plain = lambda *leaves: _graph.run(graph, leaves)
             own = lambda *leaves: tuned(graph, leaves, self._tuner)
             # Not compared: what an optimizer makes of a random state may be no number.
             both = {"plain": plain, "tuned": own}
             found = timed(both, synthetic(avals), _ROUNDS_OF_WHOLE, terms=None)
-            row = {"seconds": found.seconds, "dropped": found.dropped}
+            form = min(found.seconds, key=lambda name: found.seconds[name], default="plain")
+            row = {"form": form, "seconds": found.seconds, "dropped": found.dropped}
             self._tuner.choices.set(key, row)
         seconds = row["seconds"]
         self._tuner.whole = Whole(seconds.get("plain"), seconds.get("tuned"), row["dropped"])
-        return seconds.get("tuned", math.inf) < seconds.get("plain", math.inf)
+        return row["form"] == "tuned"
 
 
 class Measured:
@@ -159,7 +160,8 @@ class Measured:
         here = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
         if not (self.measures and devices == 1 and platform == here and _is_static(op.shapes)):
             name = rule(op, platform)
-            self.used[op.key] = Row(op, name, {}, {})
+            if candidates(op):
+                self.used[op.key] = Row(op, name, {}, {})
             return name
         known = self.choices.get(op.key) is not None
         name = self.form(op)
@@ -170,7 +172,10 @@ class Measured:
     def form(self, op: Op) -> str:
         """The fastest form; timed if it was not before."""
         row = self.choices.get(op.key)
-        if row is None or not _complete(row) or row.get("form") not in (XLA, *FORMS[op.name]):
+        possible = {XLA, *candidates(op)}
+        if possible == {XLA}:
+            return XLA
+        if row is None or not _complete(row, possible):
             row = _measured(op)
             self.choices.set(op.key, row)
         self.used[op.key] = Row(op, row["form"], row["seconds"], row["dropped"])
@@ -196,14 +201,17 @@ def _ruled(nodes: Sequence[Node]) -> frozenset[str]:
     return frozenset(op_of(node).key for node in nodes if node.tuner)
 
 
-def _measured(op: Op) -> dict[str, Any]:
-    forms = {name: form.run for name, form in candidates(op).items()}
-    if not forms:
-        return {"form": XLA, "seconds": {}, "dropped": {}}
-    runs = {XLA: partial(original, op.name), **forms}
+def times(op: Op, others: Mapping[str, Callable] | None = None) -> Timed:
+    """Of XLA's own form and of all that apply, on random numbers; and of other functions."""
+    runs = {XLA: partial(original, op.name)}
+    runs |= {name: form.run for name, form in candidates(op).items()}
     functions = {name: partial(run, **op.params) for name, run in runs.items()}
     avals = [jax.ShapeDtypeStruct(s, d) for s, d in zip(op.shapes, op.dtypes, strict=True)]
-    found = timed(functions, synthetic(avals), terms=op.terms)
+    return timed(functions | dict(others or {}), synthetic(avals), terms=op.terms)
+
+
+def _measured(op: Op) -> dict[str, Any]:
+    found = times(op)
     if not found.seconds:
         return {"form": XLA, "seconds": {}, "dropped": found.dropped}
     best = min(found.seconds, key=lambda name: found.seconds[name])
@@ -215,12 +223,14 @@ def _measured(op: Op) -> dict[str, Any]:
     }
 
 
-def _complete(row: Mapping[str, Any]) -> bool:
-    """Whether a row of the file is one of ours."""
+def _complete(row: Mapping[str, Any], names: Set[str]) -> bool:
+    """Whether a row of the file is one of ours, and says of each of these what became of it."""
     seconds, dropped = row.get("seconds"), row.get("dropped")
     return (
         isinstance(seconds, dict)
         and isinstance(dropped, dict)
+        and (not seconds or {*seconds, *dropped} == names)
+        and row.get("form") in names
         and all(isinstance(value, float) and value > 0 for value in seconds.values())
         and all(isinstance(value, str) for value in dropped.values())
     )

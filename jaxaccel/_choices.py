@@ -41,7 +41,7 @@ def environment() -> dict[str, Any]:
         "device": device.device_kind,
         "processor": _processor(),
         "cores": cores,
-        "flags": os.environ.get("XLA_FLAGS", ""),
+        "settings": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "GLIBC_TUNABLES")},
     }
 
 

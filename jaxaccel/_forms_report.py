@@ -49,7 +49,7 @@ class Report:
         columns = ("form", "XLA, ms", "form, ms", "times as fast", "operation", "operands")
         parts = [table(columns, lines)]
         parts += [
-            f"{name}: not taken, {why} ({_operation(row.op)} of {_operands(row.op)})"
+            f"{name}: not taken, {why} ({operation(row.op)} of {operands(row.op)})"
             for row in self.rows
             for name, why in row.dropped.items()
         ]
@@ -72,10 +72,10 @@ def _saved(row: Row) -> float:
 def _line(row: Row) -> tuple[str, ...]:
     ms = lambda name: f"{1e3 * row.seconds[name]:.3f}" if name in row.seconds else "-"
     gain = "-" if row.gain is None else f"{row.gain:.2f}"
-    return row.form, ms(XLA), ms(row.form), gain, _operation(row.op), _operands(row.op)
+    return row.form, ms(XLA), ms(row.form), gain, operation(row.op), operands(row.op)
 
 
-def _operation(op: Op) -> str:
+def operation(op: Op) -> str:
     if op.name != "conv_general_dilated":
         return op.name
     strides = "x".join(map(str, op.params["window_strides"]))
@@ -89,7 +89,7 @@ def _operation(op: Op) -> str:
     return f"convolution, {', '.join(more)}"
 
 
-def _operands(op: Op) -> str:
+def operands(op: Op) -> str:
     dtypes = {str(d) for d in op.dtypes}
     shapes = ", ".join("x".join(map(str, shape)) for shape in op.shapes)
     return f"{shapes} {'/'.join(sorted(dtypes))}"

@@ -145,13 +145,20 @@ def rerun(node: Node, operands: Sequence[Any], bodies: Sequence[Body]) -> list[A
     if node.name == "remat2":
         kept = {name: node.params[name] for name in ("prevent_cse", "policy")}
         called = jax.checkpoint(called, **kept)
-        if node.params["differentiated"] and kept["prevent_cse"]:
-            # What JAX lowers it to: the compiler may not take it for the first computation.
-            operands = lax.optimization_barrier(tuple(operands))
+        if node.params["differentiated"]:
+            operands = _barred(operands, kept["prevent_cse"])
     elif node.name == "jit":
         called.__name__ = node.params["name"]
         called = jax.jit(called, **_shardings(node.params))
     return list(called(*operands))
+
+
+def _barred(operands: Sequence[Any], prevent_cse: bool | Sequence[bool]) -> list[Any]:
+    """What JAX lowers a remat to: the compiler may not take it for the first computation."""
+    flags = [prevent_cse] * len(operands) if isinstance(prevent_cse, bool) else prevent_cse
+    pairs = list(zip(operands, flags, strict=True))
+    barred = iter(lax.optimization_barrier(tuple(x for x, flag in pairs if flag)))
+    return [next(barred) if flag else x for x, flag in pairs]
 
 
 def _scan(node: Node, operands: Sequence[Any], body: Body) -> list[Any]:

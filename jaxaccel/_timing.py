@@ -17,6 +17,7 @@ import numpy as np
 _ROUNDS = 7
 _SAMPLE_SECONDS = 2e-3
 _HOPELESS = 2.0  # times the fastest of the first two calls: not timed again
+_SHORT = 0.01  # seconds
 # Largest difference from the original as a share of its largest number; else 4 eps.
 _TOLERANCES = {"float32": 1e-5, "float64": 1e-11}
 _MANY_TERMS = 10_000
@@ -142,7 +143,7 @@ def _difference(found: Any, expected: Any, terms: int) -> str | None:
 def _interleaved(calls: Mapping[str, Callable], rounds: int) -> dict[str, float]:
     order, shuffle = list(calls), random.Random(0)
     first = {name: _sample(calls[name], 1) for name in order}
-    once = 2 * _HOPELESS * min(first.values())  # a first call may be slow: half the time is left
+    once = max(_SHORT, 2 * _HOPELESS * min(first.values()))  # a first call may be slow
     first = {n: s if s > once else min(s, _sample(calls[n], 1)) for n, s in first.items()}
     limit = _HOPELESS * min(first.values())
     kept = [name for name in order if first[name] <= limit]

@@ -128,11 +128,12 @@ def test_another_environment_is_timed_anew(tune, clock, monkeypatch):
     assert len(clock.asked) == 2 * asked
 
 
-def test_a_form_that_is_unknown_now_is_timed_anew(tune, clock, tmp_path):
+@pytest.mark.parametrize("other", ["gone", "product"])  # a form of other calls
+def test_other_forms_than_apply_are_timed_anew(tune, clock, tmp_path, other):
     clock.seconds = {"shifted": 0.5}
     jax.jit(tune(net))(KERNEL, IMAGES)
     (file,) = tmp_path.iterdir()
-    file.write_text(file.read_text().replace('"shifted"', '"gone"'))
+    file.write_text(file.read_text().replace('"shifted"', f'"{other}"'))
     fast = tune(net)
     jax.jit(fast)(KERNEL, IMAGES)
     assert forms(fast.report)["conv_general_dilated"] == "shifted"
@@ -382,9 +383,8 @@ def test_the_signature_and_the_name_stay(tune):
 def test_synthetic_operands_have_the_dtypes():
     avals = [jax.ShapeDtypeStruct((2,), d) for d in (jnp.bfloat16, jnp.int32, jnp.bool_)]
     avals.append(jax.eval_shape(lambda: jax.random.key(0)))
-    made = _timing.synthetic(avals)
-    assert [x.dtype for x in made] == [a.dtype for a in avals]
-    assert [x.shape for x in made] == [a.shape for a in avals]
+    types = lambda values: [(x.shape, x.dtype) for x in values]
+    assert types(_timing.synthetic(avals)) == types(avals)
 
 
 def test_it_draws_no_bar_where_nobody_looks(tune, capsys):

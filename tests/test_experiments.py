@@ -247,6 +247,7 @@ def test_settings_of_a_process_are_compared_with_the_first(monkeypatch):
 
     def made(call, folder, environment):
         assert call == "later_step(5)"
+        assert callable(dispatch_processes.later_step)
         return {"seconds": seconds.get(environment["GLIBC_TUNABLES"], 4.0), "compile_s": 1.0,
                 "checksum": 3.0}  # fmt: skip
 
@@ -276,7 +277,7 @@ def test_the_survey_of_forms_compares_equal_things(tmp_path, monkeypatch):
         forms.pool("average", (2, 7, 7, 3), 3, 2, 1, average=True),
     )
     monkeypatch.setattr(forms, "CALLS", calls)
-    forms.main(["--rounds", "1", "--device", "cpu", "--out", str(tmp_path)])
+    forms.main(["--device", "cpu", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"forms.md", "forms.json", "forms.png"}
     rows = json.loads((tmp_path / "forms.json").read_text())["rows"]
     assert len(rows) == 8  # two convolutions and their four gradients, the pooling and its own

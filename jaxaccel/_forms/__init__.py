@@ -115,7 +115,10 @@ def rule(op: Op, platform: str) -> str:
     possible = candidates(op) if platform == "cpu" else {}
     if not possible:
         return XLA
-    return next((name for name in _PREFERRED[op.name](op) if name in possible), XLA)
+    try:
+        return next((name for name in _PREFERRED[op.name](op) if name in possible), XLA)
+    except jax.errors.InconclusiveDimensionOperation:  # of a symbolic size
+        return XLA
 
 
 def _holds(condition: Callable[[Op], bool], op: Op) -> bool:
@@ -159,8 +162,15 @@ def _valid_pool(op: Op) -> bool:
 
 def concerns(op: Op) -> bool:
     """Whether it, or a derivative of it, may have forms: of matrix products few do."""
-    few = lambda op: any(size <= _FEW for shape in op.shapes for size in shape)
-    return op.name != "dot_general" or _holds(few, op)
+    return op.name != "dot_general" or _holds(_small, op)
+
+
+def _small(op: Op) -> bool:
+    """A product without a batch, where an axis that it, or a derivative, sums over is short."""
+    (left, right), (batch, _) = op.params["dimension_numbers"]
+    free = [prod(shape) // prod(shape[i] for i in axes)
+            for shape, axes in zip(op.shapes, (left, right), strict=True)]  # fmt: skip
+    return not batch and min(op.summed or _FEW + 1, *free) <= _FEW
 
 
 def _valid_dot(op: Op) -> bool:
@@ -276,7 +286,7 @@ _VALID = dict.fromkeys(FORMS, _valid_pool) | {
 
 
 def _preferred_conv(op: Op) -> tuple[str, ...]:
-    """Of what `experiments.forms` and a survey of shapes around it show on a 2-core CPU."""
+    """Of what `experiments.forms --survey` shows on a 2-core CPU."""
     if not _dense(op):
         return "phases, shifted", "shifted", "summed", "split"
     if _holds(_few_places, op):
