@@ -188,7 +188,7 @@ sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
 small = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     size=sizes,
     kernel=small,
@@ -219,7 +219,7 @@ def test_any_convolution(
             assert wrong(calls(fn, args), 1e-10 if dtype == "float64" else 1e-5) == []
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     size=sizes,
     window=small,
@@ -234,7 +234,7 @@ def test_any_pooling_also_on_ties(size, window, strides, pads, sums):
             assert wrong(calls(fn, tuple(np.asarray(x, np.float64) for x in args)), 1e-11) == []
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     summed=st.integers(2, 8),
     left=st.lists(st.integers(1, 5), max_size=3),
