@@ -171,10 +171,10 @@ class Measured:
 
     def form(self, op: Op) -> str:
         """The fastest form; timed if it was not before."""
-        row = self.choices.get(op.key)
         possible = {XLA, *candidates(op)}
         if possible == {XLA}:
             return XLA
+        row = self.choices.get(op.key)
         if row is None or not _complete(row, possible):
             row = _measured(op)
             self.choices.set(op.key, row)

@@ -310,7 +310,6 @@ def test_other_calls_are_xlas(fn, args):
 def test_rules_choose_what_applies_and_nothing_off_the_cpu():
     for fn, args in CASES.values():
         for op in calls(fn, args):
-            assert _forms.rule(op, "cpu") in {XLA, *candidates(op)}
             assert _forms.rule(op, "cuda") == XLA
     ruled = lambda call: [_forms.rule(op, "cpu") for op in survey.ops_of(call)]
     assert {call.name: ruled(call) for call in survey.CALLS} == {  # forward, then gradients
