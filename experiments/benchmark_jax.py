@@ -12,16 +12,11 @@ import optax
 import jaxaccel as jx
 from experiments.benchmark_networks import Problem
 from experiments.benchmark_timing import Engine, clocked, repeated
-from jaxaccel import _tuned
+from jaxaccel._tuned import untuned
 
 Mode = Literal["measure", "rules"]
 Transform = Callable[[Callable], Callable]
 LEARNING_RATE = 1e-3
-
-
-def untuned(fn: Callable) -> Callable:
-    """The function with XLA's own operations, as any Flax network has them."""
-    return _tuned.untuned(fn)
 
 
 def tuned(fn: Callable, mode: Mode = "measure") -> Callable:
@@ -30,8 +25,8 @@ def tuned(fn: Callable, mode: Mode = "measure") -> Callable:
 
 
 def plain(problem: Problem) -> Engine:
-    """Flax, optax and `jax.jit`; inference as trained, batch norm and all."""
-    return _engine(problem, untuned, fold=False)
+    """Flax, optax and `jax.jit`; XLA's own operations; inference with batch norm and all."""
+    return _engine(_plain(problem), untuned, fold=False)
 
 
 def ours(problem: Problem, mode: Mode = "measure", bfloat16: bool = False) -> Engine:
@@ -48,10 +43,15 @@ def work(problem: Problem) -> dict[str, int | None]:
 
 
 def _plain_call(problem: Problem) -> tuple[Callable, tuple]:
+    problem = _plain(problem)
     if problem.case.train:
         step, state = training_step(problem)
         return untuned(step), (state, problem.images, problem.labels)
     return untuned(problem.fn), (problem.params, problem.images)
+
+
+def _plain(problem: Problem) -> Problem:
+    return problem._replace(fn=problem.plain)
 
 
 def _engine(problem: Problem, transform: Transform, fold: bool, bfloat16: bool = False) -> Engine:

@@ -80,6 +80,7 @@ class Problem(NamedTuple):
     case: Case
     module: nnx.Module
     fn: Any  # what jx.functional returns
+    plain: Any  # the same with Flax's own batch norm
     params: PyTree
     images: Float[np.ndarray, "batch height width channel"]
     labels: Int[np.ndarray, " batch"]
@@ -90,6 +91,7 @@ def problem(case: Case, seed: int) -> Problem:
     random = np.random.default_rng(seed)
     module = NETWORKS[case.network](nnx.Rngs(seed))
     fn, params = jx.functional(module)
+    plain, _ = jx.functional(flax_norms(NETWORKS[case.network](nnx.Rngs(seed))))
 
     def value(path: tuple, leaf: Array) -> Array:
         limits = _VALUES.get(path[-1].key)
@@ -98,7 +100,16 @@ def problem(case: Case, seed: int) -> Problem:
     params = jax.tree_util.tree_map_with_path(value, params)
     classes = params["params"]["classifier"]["bias"].size
     images = random.standard_normal(case.shape, np.float32)
-    return Problem(case, module, fn, params, images, random.integers(classes, size=case.batch))
+    labels = random.integers(classes, size=case.batch)
+    return Problem(case, module, fn, plain, params, images, labels)
+
+
+def flax_norms(module: nnx.Module) -> nnx.Module:
+    """The module with every batch norm as `flax.nnx` has it."""
+    for _, layer in nnx.iter_modules(module):
+        if isinstance(layer, jx.nn.BatchNorm):
+            object.__setattr__(layer, "__class__", nnx.BatchNorm)  # the same but for its call
+    return module
 
 
 def torch_model(problem: Problem, torch: Any, models: Any) -> Any:

@@ -48,6 +48,14 @@ ROWS = (
 LOST = {"candidate": "cheat", "family": "peer", "precision": "float32", "mode": ""}
 
 
+def test_plain_flax_has_the_batch_norm_of_flax():
+    given = problem(Case("mobilenet", False, 32, 2), 0)
+    of = lambda fn: {type(m) for _, m in nnx.iter_modules(fn.module(given.params))}
+    assert jx.nn.BatchNorm in of(given.fn)
+    assert jx.nn.BatchNorm not in of(given.plain)
+    assert nnx.BatchNorm in of(given.plain)
+
+
 def test_headline_takes_the_best_peer_of_the_same_precision():
     found = benchmark_report.verdict(record(*ROWS))
     assert found["own"]["candidate"] == "jaxaccel"  # not the faster rules

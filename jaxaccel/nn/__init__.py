@@ -9,6 +9,7 @@ Depthwise convolutions and non-overlapping pooling take the form that is fast on
 
 from jaxaccel.nn._convnet import MLP as MLP
 from jaxaccel.nn._convnet import ConvNet as ConvNet
+from jaxaccel.nn._layers import BatchNorm as BatchNorm
 from jaxaccel.nn._layers import ConvReLU as ConvReLU
 from jaxaccel.nn._layers import DepthwiseSeparable as DepthwiseSeparable
 from jaxaccel.nn._residual import MobileNet as MobileNet
