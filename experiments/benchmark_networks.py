@@ -105,10 +105,13 @@ def problem(case: Case, seed: int) -> Problem:
 
 
 def flax_norms(module: nnx.Module) -> nnx.Module:
-    """The module with every batch norm as `flax.nnx` has it."""
-    for _, layer in nnx.iter_modules(module):
-        if isinstance(layer, jx.nn.BatchNorm):
-            object.__setattr__(layer, "__class__", nnx.BatchNorm)  # the same but for its call
+    """The module with a new batch norm of `flax.nnx` in place of every one of `jx.nn`."""
+    for _, parent in nnx.iter_modules(module):
+        for name, layer in list(vars(parent).items()):
+            if isinstance(layer, jx.nn.BatchNorm):
+                made = nnx.BatchNorm(layer.num_features, rngs=nnx.Rngs(0))
+                made.momentum, made.epsilon = layer.momentum, layer.epsilon
+                setattr(parent, name, made)
     return module
 
 

@@ -1,10 +1,11 @@
-"""What the settings of compiling and of dispatching buy, on plain XLA.
+"""What the settings of compiling and of dispatching buy.
 
     python -m experiments.dispatch [--parts donation layouts options steps cache memory]
 
-Each part takes its candidates in turn, the first four in one process and in shuffled order, the
-last two in a process for each; the ratio is a candidate's time over the first one's in the same
-round, below 1 is faster.
+ConvNet and the stacks of convolutions are in XLA's own operations, MobileNet in the forms that
+`jx.nn` takes. Each part takes its candidates in turn, the first four in one process and in shuffled
+order, the last two in a process for each; the ratio is a candidate's time over the first one's in
+the same round, below 1 is faster.
 
     donation  a training step (Adam) that gives the buffers of its state back, and one that does not
     layouts   the same stack of convolutions in NHWC and NCHW, and with the layout of the arguments

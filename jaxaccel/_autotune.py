@@ -21,7 +21,7 @@ from jaxaccel._forms_report import Report, Row, Whole
 from jaxaccel._graph import Graph, Node, Value
 from jaxaccel._rewritten import flat_graph
 from jaxaccel._timing import Timed, synthetic, timed
-from jaxaccel._tuned import has_forms, op_of, original, tuned
+from jaxaccel._tuned import formed, has_forms, op_of, tuned
 
 # A form is taken if it is faster by more than what two timings of the same code differ.
 _WORTH = 0.97
@@ -48,8 +48,9 @@ def autotune(
     `fn` may be a forward function that is differentiated afterwards, or a whole training step.
     Forms are chosen when a call is lowered, for every derivative by itself, so that `jax.grad`,
     `jax.jvp`, `jax.vmap` and all their compositions work as on `fn`. Where the result is
-    differentiated or batched afterwards, and under `jax.jit` where several devices are visible,
-    single calls are timed but not the whole, which is not what will run.
+    differentiated or batched, and under `jax.jit` where several devices are visible, single calls
+    are timed but not the whole, which is not what will run; one that `jax.jit` wraps directly is
+    timed as it stands. A function with a `while` loop or with side effects is never run for that.
 
     Nothing is timed, and rules decide, with ``mode="rules"``, where there is more than one
     process, and for a computation on more than one device: all hosts must choose alike.
@@ -203,9 +204,9 @@ def _ruled(nodes: Sequence[Node]) -> frozenset[str]:
 
 def times(op: Op, others: Mapping[str, Callable] | None = None) -> Timed:
     """Of XLA's own form and of all that apply, on random numbers; and of other functions."""
-    runs = {XLA: partial(original, op.name)}
-    runs |= {name: form.run for name, form in candidates(op).items()}
-    functions = {name: partial(run, **op.params) for name, run in runs.items()}
+    functions: dict[str, Callable] = {
+        name: partial(formed, op.name, name, **op.params) for name in (XLA, *candidates(op))
+    }
     avals = [jax.ShapeDtypeStruct(s, d) for s, d in zip(op.shapes, op.dtypes, strict=True)]
     return timed(functions | dict(others or {}), synthetic(avals), terms=op.terms)
 
@@ -254,6 +255,7 @@ def _stands_alone(graph: Graph, leaves: Sequence[Any]) -> bool:
     shardings = [getattr(leaf, "sharding", None) for leaf in leaves if is_concrete(leaf)]
     return (
         mesh.empty
+        and _on_default_platform()
         and all(map(_is_default, shardings))
         and _is_static(value.shape for value in graph.inputs)
         and all(is_concrete(leaf) or _of_one_device(leaf) for leaf in leaves)
@@ -266,6 +268,13 @@ def _is_default(sharding: Any) -> bool:
     if sharding is None:
         return True
     return [d.platform for d in sharding.device_set] == [jax.devices()[0].platform]
+
+
+def _on_default_platform() -> bool:
+    """Whether `jax.default_device` leaves the kind of device that timings are kept for."""
+    config: Any = jax.config
+    chosen = config.jax_default_device
+    return getattr(chosen, "platform", chosen) in (None, jax.devices()[0].platform)
 
 
 def _is_static(shapes: Iterable[Sequence[Any]]) -> bool:
@@ -299,6 +308,7 @@ def _described(graph: Graph) -> list[Any]:
             node.name,
             [number(atom) for atom in (*node.inputs, *node.outputs)],
             [str(value.aval) for value in node.outputs],
+            bool(node.tuner),
             op_of(node).key if has_forms(node) else str(node.params.get("length", "")),
             [_described(body) for body in node.bodies],
         ]

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 _FORMAT = 1
+_FORMS = Path(__file__).parent / "_forms"
 
 
 def default_folder() -> Path:
@@ -35,6 +36,7 @@ def environment() -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "jaxaccel": version("jaxaccel"),
+        "forms": digest([path.read_text() for path in sorted(_FORMS.glob("*.py"))]),
         "jax": jax.__version__,
         "jaxlib": version("jaxlib"),
         "platform": device.platform,

@@ -182,11 +182,12 @@ def _lower(name: str, platform: str, ctx: Any, *values: Any, tuner: Tuner, **par
     context = ctx.module_context.axis_context
     devices = getattr(context, "num_devices", None) or context.mesh.size
     chosen = tuner.choose(_op(name, ctx.avals_in, params), platform, devices)
-    form = partial(_formed, name, chosen, **params)
+    form = partial(formed, name, chosen, **params)
     return mlir.lower_fun(form, multiple_results=False)(ctx, *values)
 
 
-def _formed(name: str, chosen: str, *operands: Array, **params: Any) -> Array:
+def formed(name: str, chosen: str, *operands: Array, **params: Any) -> Array:
+    """The op in the form of this name."""
     if chosen == XLA:
         return original(name, *operands, **params)
     form: Any = partial(FORMS[name][chosen].run, **params)

@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxaccel._choices import Choices
 from jaxaccel._forms import FORMS, XLA, Form
 from jaxaccel._graph import graph_of
 from jaxaccel._timing import Timed
+from jaxaccel._tuned import by_rules, op_of
 from tests.models import ZOO, tiers
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -305,11 +307,46 @@ def test_a_symbolic_batch_is_not_timed(tune, clock):
     assert clock.asked == []
 
 
-def test_another_platform_is_not_timed(tune, clock):
+def test_another_platform_is_not_timed(tmp_path, clock):
+    node = graph_of(net, *map(jax.typeof, (KERNEL, IMAGES)))[0].nodes[0]
+    tuner = _autotune.Measured(Choices(tmp_path), True)
+    assert tuner.choose(op_of(node), "cuda", 1) == XLA
+    assert clock.asked == []
+    tuner.choose(op_of(node), "cpu", 1)
+    assert clock.asked != []
+
+
+def test_rules_choose_for_each_platform(tune, clock):
     exported = jax.export.export(jax.jit(tune(net, mode="rules")), platforms=["cpu", "cuda"])
     text = str(exported(KERNEL, IMAGES).mlir_module())
     assert "stablehlo.convolution" in text  # for CUDA
     assert clock.asked == []
+
+
+def test_nothing_is_timed_on_another_device_than_the_default_kind(tune, clock, monkeypatch):
+    fast, (cpu, *_) = tune(net), jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu")])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with jax.default_device(cpu):
+        jax.jit(fast)(np.asarray(KERNEL), np.asarray(IMAGES))
+    assert clock.asked == []
+
+
+def test_the_settings_of_all_threads_do_not_reach_the_forms(tune):
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    try:
+        fast = tune(net)
+        jax.jit(fast)(KERNEL, IMAGES)
+    finally:
+        jax.config.update("jax_numpy_rank_promotion", "allow")
+    assert "shifted" in fast.report.rows[0].seconds
+
+
+def test_the_whole_is_known_by_what_it_was_before(tune, clock):
+    clock.seconds = {"shifted": 0.5, "maxima": 0.5}
+    for fn in (by_rules(net), net):
+        jax.jit(tune(fn))(KERNEL, IMAGES)
+    assert [fns for fns in clock.asked if "plain" in fns] == 2 * [["plain", "tuned"]]
 
 
 def test_float64_and_half_precision(tune):

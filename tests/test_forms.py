@@ -167,20 +167,26 @@ def test_forms_of_values_and_derivatives_equal_the_op(name):
         assert wrong(ops, 1e-11) == []
 
 
-def test_every_form_is_tried():
-    tried: set[str] = set()
+def test_every_form_has_a_case():
+    found: set[str] = set()
     for fn, args in CASES.values():
         single = tuple(x.astype(jnp.float32) for x in args)
         for op in calls(fn, single):
-            tried |= candidates(op).keys()
-    assert tried == {name for forms in FORMS.values() for name in forms}
+            found |= candidates(op).keys()
+    assert found == {name for forms in FORMS.values() for name in forms}
 
 
-@pytest.mark.parametrize("name", ["same", "stride 2", "grouped", "dilated and strided", "CWNH"])
+QUICK = ("same", "stride 2", "grouped", "dilated and strided", "CWNH")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.full) for n in CASES]
+)
 def test_forms_for_float32_equal_the_op(name):
     fn, args = CASES[name]
     ops = calls(fn, tuple(x.astype(jnp.float32) for x in args))
-    assert all(any("spread" in form for form in candidates(op)) for op in ops)
+    if name in QUICK:
+        assert all(any("spread" in form for form in candidates(op)) for op in ops)
     assert wrong(ops, 1e-5) == []
 
 
@@ -276,12 +282,25 @@ def test_half_precision_accumulates_in_float32(name, dtype):
                 assert jnp.all(jnp.abs(found - exact) <= most + 1e-4), (form, op.key)
 
 
-def test_the_result_has_the_preferred_dtype():
-    fn, args = conv(dtype=jnp.bfloat16, preferred_element_type=jnp.float32)
-    op, *_ = calls(fn, args)
-    for name, form in candidates(op).items():
-        made = jax.eval_shape(partial(form.run, **op.params), *args)
-        assert made.dtype == jnp.float32, name
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(
+    ("dtype", "preferred", "tolerance"),
+    [(jnp.bfloat16, jnp.float32, 1e-5), (jnp.float32, jnp.float64, 1e-11)],
+)
+def test_the_result_is_summed_in_the_preferred_dtype(groups, dtype, preferred, tolerance):
+    with jax.enable_x64(True):
+        fn, args = conv(
+            channels=4, out=4, groups=groups, dtype=dtype, preferred_element_type=preferred
+        )
+        op, *_ = calls(fn, args)
+        double = {**op.params, "preferred_element_type": np.dtype(float)}
+        exact = original(op.name, *(x.astype(float) for x in args), **double)
+        assert candidates(op)
+        for name, form in candidates(op).items():
+            found = form.run(*args, **op.params)
+            assert found.dtype == preferred, name
+            largest = float(abs(exact).max())
+            np.testing.assert_allclose(found, exact, atol=tolerance * largest, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -332,10 +351,24 @@ def test_rules_choose_what_applies_and_nothing_off_the_cpu():
     }
 
 
-def test_equal_calls_have_equal_keys():
-    keys = [op.key for fn, args in CASES.values() for op in calls(fn, args)]
-    again = [op.key for fn, args in CASES.values() for op in calls(fn, args)]
-    assert keys == again
+def test_other_calls_have_other_keys():
+    changes: list[dict[str, Any]] = [
+        {},
+        {"size": (6, 6)},
+        {"kernel": (2, 2)},
+        {"batch": 3},
+        {"strides": (2, 1)},
+        {"rhs_dilation": (2, 1)},
+        {"lhs_dilation": (2, 1), "padding": ((0, 0), (0, 0))},
+        {"padding": ((0, 0), (0, 0))},
+        {"dtype": jnp.float16},
+        {"preferred_element_type": jnp.float32, "dtype": jnp.float16},
+        {"precision": lax.Precision.HIGHEST},
+        {"groups": 2, "channels": 4, "out": 4},
+        {"groups": 4, "channels": 4, "out": 4},
+    ]
+    made = [graph_of(fn, *map(jax.typeof, args))[0] for fn, args in (conv(**c) for c in changes)]
+    keys = [op_of(graph.nodes[0]).key for graph in made]
     assert len(set(keys)) == len(keys)
 
 

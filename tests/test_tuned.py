@@ -283,7 +283,16 @@ def test_symbolic_sizes_are_left_to_xla():
     (many,) = jax.export.symbolic_shape("many")
     avals = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 3), (3, many))]
     exported = jax.export.export(jax.jit(by_rules(jnp.dot)))(*avals)
+    assert "stablehlo.dot_general" in exported.mlir_module()
     np.testing.assert_allclose(exported.call(jnp.ones((64, 3)), jnp.ones((3, 5))), 3.0)
+
+
+@pytest.mark.parametrize("shapes", [((5, 0), (0, 3)), ((0, 3), (3, 4)), ((0, 3), (3, 0))])
+def test_empty_products(shapes):
+    a, b = map(jnp.ones, shapes)
+    loss = lambda f: jax.value_and_grad(lambda a, b: f(a, b).sum(), (0, 1))
+    found, wanted = loss(by_rules(jnp.dot))(a, b), loss(jnp.dot)(a, b)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 @pytest.mark.parametrize("prevent_cse", [True, (True, False), (False, True), (False, False)])

@@ -129,13 +129,20 @@ def _holds(condition: Callable[[Op], bool], op: Op) -> bool:
         return False
 
 
+def _floats(op: Op) -> bool:
+    return all(np.dtype(d).name in _DTYPES for d in op.dtypes)
+
+
 def _sized(op: Op) -> bool:
-    return all(np.dtype(d).name in _DTYPES for d in op.dtypes) and all(map(prod, op.shapes))
+    return _floats(op) and all(map(prod, op.shapes))
 
 
 def _valid_conv(op: Op) -> bool:
-    axes = len(op.params["window_strides"])
-    return axes in (1, 2) and _sized(op) and op.dtypes[0] == op.dtypes[1] and min(op.places) > 0
+    return _flat(op) and _sized(op) and op.dtypes[0] == op.dtypes[1] and min(op.places) > 0
+
+
+def _flat(op: Op) -> bool:
+    return len(op.params["window_strides"]) in (1, 2)
 
 
 def _valid_pool(op: Op) -> bool:
@@ -161,15 +168,16 @@ def _valid_pool(op: Op) -> bool:
 
 
 def concerns(op: Op) -> bool:
-    """Whether it, or a derivative of it, may have forms: of matrix products few do."""
-    return op.name != "dot_general" or _holds(_small, op)
+    """Whether it, or a derivative of it, may have forms."""
+    possible = {"conv_general_dilated": _flat, "dot_general": _small}.get(op.name)
+    return _floats(op) and (possible is None or _holds(possible, op))
 
 
 def _small(op: Op) -> bool:
-    """A product without a batch, where an axis that it, or a derivative, sums over is short."""
-    (left, right), (batch, _) = op.params["dimension_numbers"]
-    free = [prod(shape) // prod(shape[i] for i in axes)
-            for shape, axes in zip(op.shapes, (left, right), strict=True)]  # fmt: skip
+    """A product without a batch, where what it, or a derivative, sums over is short."""
+    summed, (batch, _) = op.params["dimension_numbers"]
+    free = [prod(n for i, n in enumerate(shape) if i not in axes)
+            for shape, axes in zip(op.shapes, summed, strict=True)]  # fmt: skip
     return not batch and min(op.summed or _FEW + 1, *free) <= _FEW
 
 
@@ -231,13 +239,17 @@ def _single(op: Op) -> bool:
     return op.dtypes[0] == np.float32 and op.conv.dtype == np.float32
 
 
-def _few_numbers(op: Op) -> bool:
-    """No convolution of each channel alone, which both libraries do badly."""
+def _no_more_groups(op: Op) -> bool:
+    """Not a convolution of each channel alone, which both libraries do badly."""
     return op.conv.groups * op.conv.batch_groups <= _MAX_GROUPS
 
 
 def _both(*conditions: Callable[[Op], bool]) -> Callable[[Op], bool]:
     return lambda op: all(condition(op) for condition in conditions)
+
+
+def _always(op: Op) -> bool:
+    return True
 
 
 def _itself(x: Array, kernel: Array, conv: Conv) -> Array:
@@ -253,7 +265,7 @@ _CONVS = {
     "shifted": (edged(alone(_depthwise.shifted)), _CHANNELS),
     "phases, shifted": (alone(phases(_depthwise.shifted)), _both(_CHANNELS, _gaps)),
     "summed": (_depthwise.summed, _both(_each_image, _few_places)),
-    "spread": (_conv.spread, _both(_single, _few_numbers)),
+    "spread": (_conv.spread, _both(_single, _no_more_groups)),
     "phases": (phases(_itself), _both(_dense, _gaps)),
     "phases, spread": (phases(_conv.spread), _both(_dense, _single, _gaps)),
     "split": (split(_itself), _few_groups),
@@ -272,10 +284,10 @@ FORMS: dict[str, dict[str, Form]] = {
     "conv_general_dilated": {
         name: Form(canonical(run), applies) for name, (run, applies) in _CONVS.items()
     },
-    "dot_general": {"outer products": Form(_contracted.outer_products, lambda op: True)},
-    "reduce_window_sum": {"sums": Form(_pooling.sums, _valid_pool)},
-    "reduce_window_max": {"maxima": Form(_pooling.maxima, _valid_pool)},
-    "select_and_scatter_add": {"scattered": Form(_pooling.scattered, _valid_pool)},
+    "dot_general": {"outer products": Form(_contracted.outer_products, _always)},
+    "reduce_window_sum": {"sums": Form(_pooling.sums, _always)},
+    "reduce_window_max": {"maxima": Form(_pooling.maxima, _always)},
+    "select_and_scatter_add": {"scattered": Form(_pooling.scattered, _always)},
     # Its transpose is the above. Where values tie, XLA's choice here is not the first.
     "select_and_gather_add": {},
 }
@@ -323,5 +335,4 @@ _PREFERRED: dict[str, Callable[[Op], tuple[str, ...]]] = {
     "reduce_window_sum": lambda op: ("sums",),
     "reduce_window_max": lambda op: ("maxima",),
     "select_and_scatter_add": lambda op: ("scattered",),
-    "select_and_gather_add": lambda op: (),
 }

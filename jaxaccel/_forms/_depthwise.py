@@ -1,5 +1,7 @@
 """Convolutions of each channel alone, as sums that XLA fuses."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -13,7 +15,7 @@ _UNROLLED_ROWS = 14
 
 def shifted(x: Array, kernel: Array, conv: Conv) -> Array:
     """Sum over the taps of the slice of the images a tap sees times the tap, per channel."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = _wide(x, conv)
     size = out_size(x.shape, kernel.shape, conv)
     # A channel with several outputs is that many equal channels.
     x = jnp.repeat(padded(x, conv).astype(wide), kernel.shape[3] // x.shape[3], 3)
@@ -31,7 +33,7 @@ def summed(x: Array, kernel: Array, conv: Conv) -> Array:
     channels. Rows are added up first, by code that XLA vectorises, apart from the reduction
     behind it.
     """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = _wide(x, conv)
     places = out_size(x.shape, kernel.shape, conv)
     images = padded(x.transpose(3, 1, 2, 0), conv).astype(wide)
     images = jnp.repeat(images, kernel.shape[3] // x.shape[0], 3)
@@ -43,6 +45,11 @@ def summed(x: Array, kernel: Array, conv: Conv) -> Array:
 
     sums = [rows.sum((0, 1, 2)) for rows in apart(rows_of, images, g)]
     return jnp.stack(sums).reshape(1, *places, kernel.shape[3]).astype(conv.dtype)
+
+
+def _wide(x: Array, conv: Conv) -> Any:
+    """The dtype to sum in."""
+    return jnp.promote_types(jnp.promote_types(x.dtype, conv.dtype), jnp.float32)
 
 
 def _row_sums(a: Array, b: Array) -> Array:

@@ -4,7 +4,7 @@ Every model is a plain `flax.nnx.Module` for float images in NHWC, with ``model.
 ``model.eval()`` for dropout and batch norm. Kernels before a relu start from He's normal
 distribution (He et al. 2015, https://arxiv.org/abs/1502.01852), classifiers from flax's default.
 Batch norm has torchvision's epsilon (1e-5) and momentum (0.9 of the old statistics are kept).
-Depthwise convolutions and non-overlapping pooling take the form that is fast on the CPU.
+Convolutions and max pooling take the form that the rules of `jaxaccel.autotune` choose.
 """
 
 from jaxaccel.nn._convnet import MLP as MLP

@@ -137,13 +137,14 @@ class BatchNorm(nnx.BatchNorm):
         """The normalised ``x``; in training the running statistics move."""
         kept = self.use_running_average if use_running_average is None else use_running_average
         simple = self.use_fast_variance and self.axis_name is None and mask is None
-        last = self.axis in (-1, x.ndim - 1)
+        last = self.axis in (-1, x.ndim - 1) and x.shape[-1] == self.num_features
         if kept is not False or not simple or not last or jnp.iscomplexobj(x):
             return super().__call__(x, use_running_average, mask=mask)
-        variables = (self.scale, self.bias, self.mean, self.var)
+        variables = (self.mean, self.var, self.scale, self.bias)
         values = [None if variable is None else variable[...] for variable in variables]
-        x, scale, bias, *_ = self.promote_dtype((x, *values), dtype=self.dtype)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x, _, _, scale, bias = self.promote_dtype((x, *values), dtype=self.dtype)
+        dtype = self.dtype or jnp.result_type(*(v for v in (x, scale, bias) if v is not None))
+        wide = x.astype(jnp.promote_types(self.dtype or x.dtype, jnp.float32))
         batch = tuple(range(x.ndim - 1))
         mean, square = wide.mean(batch), lax.square(wide).mean(batch)
         var = jnp.maximum(0.0, square - lax.square(mean))  # rounding may go below 0
@@ -152,7 +153,7 @@ class BatchNorm(nnx.BatchNorm):
             running[...] = lax.stop_gradient(moved)
         multiplied = lax.rsqrt(var + self.epsilon) * (1 if scale is None else scale)
         added = (0 if bias is None else bias) - mean * multiplied
-        return (wide * multiplied + added).astype(x.dtype)
+        return (wide * multiplied + added).astype(dtype)
 
 
 def conv(
