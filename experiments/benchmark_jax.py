@@ -16,6 +16,7 @@ from jaxaccel._tuned import untuned
 
 Mode = Literal["measure", "rules"]
 Transform = Callable[[Callable], Callable]
+Call = tuple[Callable, tuple]  # a function and its arguments
 LEARNING_RATE = 1e-3
 
 
@@ -26,60 +27,70 @@ def tuned(fn: Callable, mode: Mode = "measure") -> Callable:
 
 def plain(problem: Problem) -> Engine:
     """Flax, optax and `jax.jit`; XLA's own operations; inference with batch norm and all."""
-    return _engine(_plain(problem), untuned, fold=False)
+    return _engine(problem, lambda: plain_call(problem))
 
 
 def ours(problem: Problem, mode: Mode = "measure", bfloat16: bool = False) -> Engine:
     """`jx.autotune` of the step, or of the network with batch norm folded."""
-    return _engine(problem, partial(tuned, mode=mode), fold=True, bfloat16=bfloat16)
+    return _engine(problem, lambda: our_call(problem, mode, bfloat16))
+
+
+def plain_call(problem: Problem) -> Call:
+    """The function that `plain` runs, and its arguments."""
+    return _call(problem._replace(fn=problem.plain), untuned, fold=False)
+
+
+def our_call(problem: Problem, mode: Mode, bfloat16: bool = False) -> Call:
+    """The function that `ours` runs, and its arguments."""
+    return _call(problem, partial(tuned, mode=mode), fold=True, bfloat16=bfloat16)
 
 
 def work(problem: Problem) -> dict[str, int | None]:
     """What one call is: FLOPs as written, bytes of arguments and results, of the plain form."""
-    fn, args = _plain_call(problem)
+    fn, args = plain_call(problem)
     results = jax.eval_shape(fn, *args)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((args, results)))
     return {"flops": jx.measure.cost(fn, *args).flops, "bytes": size}
 
 
-def _plain_call(problem: Problem) -> tuple[Callable, tuple]:
-    problem = _plain(problem)
+def _call(problem: Problem, transform: Transform, fold: bool, bfloat16: bool = False) -> Call:
+    images, labels = jax.device_put((problem.images, problem.labels))
     if problem.case.train:
-        step, state = training_step(problem)
-        return untuned(step), (state, problem.images, problem.labels)
-    return untuned(problem.fn), (problem.params, problem.images)
-
-
-def _plain(problem: Problem) -> Problem:
-    return problem._replace(fn=problem.plain)
-
-
-def _engine(problem: Problem, transform: Transform, fold: bool, bfloat16: bool = False) -> Engine:
-    if problem.case.train:
-        return _trained(problem, transform, bfloat16)
-    return _served(problem, transform, fold, bfloat16)
-
-
-def _served(problem: Problem, transform: Transform, fold: bool, bfloat16: bool) -> Engine:
+        step, state = training_step(problem, bfloat16)
+        return transform(step), (state, images, labels)
     fn, params = problem.fn, problem.params
     if fold and "batch_stats" in params:
         fn, params = jx.fold.batchnorm(fn, params, problem.images)
-    images = jax.device_put(problem.images)
-    if bfloat16:
-        params, images = halved(params), halved(images)
-    compiled = jax.jit(transform(fn))
+    return transform(fn), (halved((params, images)) if bfloat16 else (params, images))
+
+
+def _engine(problem: Problem, make: Callable[[], Call]) -> Engine:
+    """`make` is asked twice: the second time, what was chosen by measuring is known."""
+    fn, args = make()
+    found = engine(problem, fn, args)
+    again, _ = make()
+    _, compile_s = clocked(lambda: _jitted(problem, again).lower(*args).compile())
+    return found._replace(compile_s=compile_s)
+
+
+def engine(problem: Problem, fn: Callable, args: tuple) -> Engine:
+    """Such a function, compiled and called."""
+    return (_trained if problem.case.train else _served)(_jitted(problem, fn), *args)
+
+
+def _jitted(problem: Problem, fn: Callable) -> Any:
+    """A training step gives the buffers of its state back."""
+    return jax.jit(fn, donate_argnums=0 if problem.case.train else ())
+
+
+def _served(compiled: Callable, params: Any, images: Any) -> Engine:
     call = lambda: compiled(params, images)
     logits, first = clocked(lambda: jax.block_until_ready(call()))
-    # A second time: what was chosen by measuring is known by then.
-    lowered = lambda: jax.jit(transform(fn)).lower(params, images).compile()
     run = repeated(call, jax.block_until_ready, each=jax.default_backend() == "cpu")
-    return Engine(run, lambda: None, np.asarray(logits, np.float32), first, clocked(lowered)[1])
+    return Engine(run, lambda: None, np.asarray(logits, np.float32), first)
 
 
-def _trained(problem: Problem, transform: Transform, bfloat16: bool) -> Engine:
-    step, initial = training_step(problem, bfloat16)
-    images, labels = jax.device_put((problem.images, problem.labels))
-    compiled = jax.jit(transform(step), donate_argnums=0)
+def _trained(compiled: Callable, initial: Any, images: Any, labels: Any) -> Engine:
     state = jax.tree.map(jnp.copy, initial)
 
     def call() -> Any:
@@ -93,10 +104,8 @@ def _trained(problem: Problem, transform: Transform, bfloat16: bool) -> Engine:
 
     (_, loss), first = clocked(lambda: jax.block_until_ready(call()))
     losses = [float(loss), *(float(call()[1]) for _ in range(2))]
-    again = jax.jit(transform(step), donate_argnums=0)
-    _, compile_s = clocked(lambda: again.lower(initial, images, labels).compile())
     run = repeated(call, jax.block_until_ready, each=False)
-    return Engine(run, restart, np.array(losses), first, compile_s)
+    return Engine(run, restart, np.array(losses), first)
 
 
 def training_step(problem: Problem, bfloat16: bool = False) -> tuple[Callable, Any]:
