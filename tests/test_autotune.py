@@ -14,13 +14,12 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 
 import jaxaccel as jx
-from jaxaccel import _autotune, _choices, _timing
+from jaxaccel import _autotune, _choices
 from jaxaccel._choices import Choices
 from jaxaccel._forms import FORMS, XLA, Form
 from jaxaccel._graph import graph_of
 from jaxaccel._timing import Timed
 from jaxaccel._tuned import by_rules, op_of
-from tests.models import ZOO, tiers
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 KERNEL, IMAGES = (
@@ -191,25 +190,6 @@ def test_a_form_that_differs_is_never_taken(tune, monkeypatch):
     assert "wrong: not taken, differs by 2" in str(fast.report)
 
 
-@pytest.mark.parametrize("failing", ["xla", "bad"])
-def test_a_form_that_does_not_compile_is_left_out(failing, monkeypatch):
-    compile_, names = jax.stages.Lowered.compile, []
-
-    def compiled(lowered):
-        name = "bad" if "sine" not in lowered.as_text() else "xla"
-        names.append(name)
-        if name == failing:
-            raise jax.errors.JaxRuntimeError("out of memory\nmore")
-        return compile_(lowered)
-
-    monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
-    fns = {"xla": jnp.sin, "bad": lambda x: x - x**3 / 6}
-    found = _timing.timed(fns, [np.full(3, 1e-3, np.float32)])
-    assert sorted(names) == ["bad", "xla"]
-    assert found.dropped == {failing: "out of memory"}
-    assert set(found.seconds) == ({"xla"} if failing == "bad" else set())
-
-
 def test_real_timings_choose_among_right_forms(tune):
     fast = tune(net)
     x, kernel = IMAGES, KERNEL
@@ -362,36 +342,6 @@ def test_float64_and_half_precision(tune):
             np.testing.assert_allclose(found.astype(float), expected, rtol=tol)
 
 
-@pytest.mark.parametrize("case", tiers(ZOO))
-def test_the_zoo_by_rules_equals_itself_without_forms(case):
-    from jaxaccel._tuned import untuned
-
-    fn, params = case.build()
-    x = case.images()
-    loss = lambda f: jax.jit(jax.value_and_grad(lambda p: (f(p, x) ** 2).mean(), allow_int=True))
-    tuned = loss(jx.autotune(untuned(fn), mode="rules"))(params)
-    plain = loss(untuned(fn))(params)
-    for found, expected in zip(jax.tree.leaves(tuned), jax.tree.leaves(plain), strict=True):
-        if found.dtype == jnp.float32:
-            largest = float(jnp.abs(expected).max())
-            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5 * largest + 1e-30)
-
-
-def test_transforms_compose_with_it():
-    fn, params = ZOO[3].build()
-    x = ZOO[3].images()
-    fast = jx.autotune(fn, mode="rules")
-    assert (
-        str(jx.groups(fast, params, x)).split("pinned")[0]
-        == str(jx.groups(fn, params, x)).split("pinned")[0]
-    )
-    small, cut = jx.prune.channels(fast, params, x, ratio=0.5)
-    expected, wanted = jx.prune.channels(fn, params, x, ratio=0.5)
-    np.testing.assert_allclose(small(cut, x), expected(wanted, x), rtol=1e-5, atol=1e-6)
-    again = jx.autotune(small, mode="rules")
-    np.testing.assert_allclose(jax.jit(again)(cut, x), small(cut, x), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -414,13 +364,6 @@ def test_the_signature_and_the_name_stay(tune):
     assert fast.__name__ == "net"
     assert repr(fast) == "<jx.autotune of net>"
     assert fast(KERNEL, x=IMAGES).shape == (2, 3, 3, 4)
-
-
-def test_synthetic_operands_have_the_dtypes():
-    avals = [jax.ShapeDtypeStruct((2,), d) for d in (jnp.bfloat16, jnp.int32, jnp.bool_)]
-    avals.append(jax.eval_shape(lambda: jax.random.key(0)))
-    types = lambda values: [(x.shape, x.dtype) for x in values]
-    assert types(_timing.synthetic(avals)) == types(avals)
 
 
 def test_it_draws_no_bar_where_nobody_looks(tune, capsys):
