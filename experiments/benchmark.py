@@ -26,11 +26,10 @@ Each in its best mode, the fastest of those tried here on the same batch:
 
 One process, with huge pages from glibc for all (GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which this
 sets where nothing else is; `experiments.dispatch --parts memory` shows what they are worth), as
-many threads as cores for each, warm, in turn in shuffled order, a pause at every
-change so that the thread pools of the one before sleep; ratios are taken within each round.
-Inference on a CPU waits for every call, as one request after another; training and a GPU wait for
-the last call of a sample. Every sample of training begins at the initial weights. Leave the
-machine idle.
+many threads as cores for each, warm, in turn in shuffled order, a pause at every change so that
+the thread pools of the one before sleep; ratios are taken within each round. Inference on a CPU
+waits for every call, as one request after another; training and a GPU wait for the last call of a
+sample. Every sample of training begins at the initial weights. Leave the machine idle.
 
 FLOPs are those of the plain function as written, bytes its arguments and results (parameters,
 batch, for training Adam's moments too): the least that must travel, without what lies between
