@@ -264,7 +264,7 @@ def progress(cases: int) -> Iterator[Callable]:
 def publish(folder: Path, records: list[dict], found: dict[str, Any], rounds: int) -> None:
     """Tables and plots."""
     named = ", ".join(f"{name} {number}" for name, number in versions().items())
-    head = f"{environment()['processor']}; {common.machine_line()}\n{named}\n{_malloc()}"
+    head = f"{common.machine_line()}\n{named}\n{_malloc()}"
     dates = " and ".join(sorted({record["date"] for record in records}))
     note = (
         f"Medians of {rounds} rounds, quartiles; ratios within each round, above 1 is faster. "

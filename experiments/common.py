@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxaccel
-from jaxaccel._choices import default_folder
+from jaxaccel._choices import default_folder, environment
 from jaxaccel._graph import Graph
 from jaxaccel.measure import table
 
@@ -155,7 +155,7 @@ def machine() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "device": f"{device.platform}: {device.device_kind}",
         "cores": os.cpu_count(),
-        "processor": platform.machine(),
+        "processor": environment()["processor"],
         "python": platform.python_version(),
         **{name: version(name) for name in ("jax", "flax", "optax")},
         "jaxaccel": jaxaccel.__version__,
@@ -165,7 +165,8 @@ def machine() -> dict[str, Any]:
 def machine_line() -> str:
     """The same in one line, for tables and plots."""
     m = machine()
-    return f"{m['device']}, {m['cores']} cores, jax {m['jax']}, flax {m['flax']}, {m['date']}"
+    on = f"{m['device']}, {m['cores']} cores ({m['processor']})"
+    return f"{on}, jax {m['jax']}, flax {m['flax']}, {m['date']}"
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ LOST = {"candidate": "cheat", "family": "peer", "precision": "float32", "mode": 
 
 
 def test_plain_flax_has_the_batch_norm_of_flax():
-    given = problem(Case("mobilenet", False, 32, 2), 0)
+    given = problem(Case("resnet18", False, 32, 2), 0)
     of = lambda fn: {type(m) for _, m in nnx.iter_modules(fn.module(given.params))}
     assert jx.nn.BatchNorm in of(given.fn)
     assert jx.nn.BatchNorm not in of(given.plain)

@@ -257,9 +257,9 @@ def test_any_matrix_product_over_few_numbers(summed, left, right, data):
 
 
 LONG = {  # sums of many numbers
-    "dense": conv((9, 9), (7, 7), 4, 5),
-    "depthwise": conv((9, 9), (7, 7), 3, 3, groups=3),
-    "average": pool((2, 9, 9, 3), (7, 7), (1, 1), ((3, 3), (3, 3)), sums=True),
+    "dense": conv((6, 6), (3, 3), 8, 5),
+    "depthwise": conv((7, 7), (5, 5), 3, 3, groups=3),
+    "average": pool((2, 7, 7, 3), (5, 5), (1, 1), ((2, 2), (2, 2)), sums=True),
     "dot": dot((6, 8), (8, 5), ((1,), (0,))),
 }
 

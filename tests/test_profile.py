@@ -3,6 +3,8 @@
 import json
 from types import SimpleNamespace
 
+import pytest
+
 from experiments import profile
 from jaxaccel.measure._fusions import Fusions, Kernel
 
@@ -52,6 +54,7 @@ def test_kernels_that_hold_the_same_are_one_line():
     assert list(profile.lines(every, 10.0, top=3))[2] == ("1", "copy", "1.00", "0.00", "0.0%", "-")
 
 
+@pytest.mark.filterwarnings("ignore:builtin type .* has no __module__:DeprecationWarning")
 def test_a_real_trace(tmp_path):
     profile.main(["--case", "infer-convnet-batch128", "--candidate", "rules", "--calls", "2",
                   "--device", "cpu", "--out", str(tmp_path)])  # fmt: skip

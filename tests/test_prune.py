@@ -16,7 +16,7 @@ from jaxaccel._select import flatten, is_kernel
 from tests import oracles
 from tests.models import ZOO
 
-FLOATS = st.floats(-4, 4, width=32)
+FLOATS = st.floats(-4, 4, width=32, allow_subnormal=False)  # XLA may take these for zero
 
 
 def tree(seed: int = 0):
@@ -67,11 +67,11 @@ def test_local_removes_the_same_share_of_each_leaf_and_global_does_not():
 def test_n_of_m_along_the_input_axis(n, groups, outputs, data):
     m = data.draw(st.integers(n + 1, 5))
     x = data.draw(hnp.arrays(np.float32, (2, groups * m, outputs), elements=FLOATS))
-    mask = jx.prune.masks({"w": jnp.asarray(x)}, 1 - n / m, kind=f"{n}:{m}")["w"]
+    mask = np.asarray(jx.prune.masks({"w": x}, 1 - n / m, kind=f"{n}:{m}")["w"])
     for i in range(2):
         for c in range(outputs):
             expected = oracles.n_of_m([abs(float(v)) for v in x[i, :, c]], n, m)
-            assert np.asarray(mask[i, :, c]).tolist() == expected
+            assert mask[i, :, c].tolist() == expected
 
 
 def test_two_of_four_leaves_out_what_cannot_be_grouped():
