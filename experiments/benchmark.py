@@ -219,13 +219,11 @@ def versions() -> dict[str, str]:
 def key(what: str, rounds: int, seed: int) -> str:
     """A case, or the limits, on this machine with these versions and this code."""
     on = environment()
-    machine = f"{on['device']}, {on['processor']}, {on['cores']} cores, {_malloc()}, code {_code()}"
+    machine = (
+        f"{on['device']}, {on['processor']}, {on['cores']} cores, {common.malloc()}, code {_code()}"
+    )
     parts = [f"{what}, {rounds} rounds, seed {seed}", machine, *map(" ".join, versions().items())]
     return "; ".join(parts)
-
-
-def _malloc() -> str:
-    return f"GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', '')}"
 
 
 @cache
@@ -264,7 +262,7 @@ def progress(cases: int) -> Iterator[Callable]:
 def publish(folder: Path, records: list[dict], found: dict[str, Any], rounds: int) -> None:
     """Tables and plots."""
     named = ", ".join(f"{name} {number}" for name, number in versions().items())
-    head = f"{common.machine_line()}\n{named}\n{_malloc()}"
+    head = f"{common.machine_line()}\n{named}\n{common.malloc()}"
     dates = " and ".join(sorted({record["date"] for record in records}))
     note = (
         f"Medians of {rounds} rounds, quartiles; ratios within each round, above 1 is faster. "

@@ -67,20 +67,20 @@ def _call(problem: Problem, transform: Transform, fold: bool, bfloat16: bool = F
 def _engine(problem: Problem, make: Callable[[], Call]) -> Engine:
     """`make` is asked twice: the second time, what was chosen by measuring is known."""
     fn, args = make()
-    found = engine(problem, fn, args)
+    found = engine(problem, jitted(problem, fn), args)
     again, _ = make()
-    _, compile_s = clocked(lambda: _jitted(problem, again).lower(*args).compile())
+    _, compile_s = clocked(lambda: jitted(problem, again).lower(*args).compile())
     return found._replace(compile_s=compile_s)
 
 
-def engine(problem: Problem, fn: Callable, args: tuple) -> Engine:
-    """Such a function, compiled and called."""
-    return (_trained if problem.case.train else _served)(_jitted(problem, fn), *args)
-
-
-def _jitted(problem: Problem, fn: Callable) -> Any:
+def jitted(problem: Problem, fn: Callable) -> Any:
     """A training step gives the buffers of its state back."""
     return jax.jit(fn, donate_argnums=0 if problem.case.train else ())
+
+
+def engine(problem: Problem, compiled: Callable, args: tuple) -> Engine:
+    """Such a function, called."""
+    return (_trained if problem.case.train else _served)(compiled, *args)
 
 
 def _served(compiled: Callable, params: Any, images: Any) -> Engine:

@@ -86,6 +86,11 @@ def with_huge_pages() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
+def malloc() -> str:
+    """What glibc was told, by `with_huge_pages` or by the user."""
+    return f"GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', '')}"
+
+
 def _keep_compiled() -> None:
     """JAX's persistent compilation cache, in our folder; what the user set for it stands."""
     if {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"} & set(os.environ):

@@ -102,10 +102,10 @@ def test_without_a_gpu_it_says_not_measured():
 
 
 @pytest.mark.parametrize("module", ["pruning", "pruning_peer"])
-def test_without_the_peer_they_say_not_measured(module):
+def test_without_the_peer_they_say_not_measured(module, tmp_path):
     if find_spec("torch_pruning"):
         pytest.skip("the peer is installed")
-    found = run(module, "--device", "cpu", "--out", "nowhere")
+    found = run(module, "--device", "cpu", "--out", str(tmp_path))
     assert found.returncode == 3
     assert "not measured: torch is not installed; in the folder" in found.stderr
     assert found.stderr.count("\n") == 1

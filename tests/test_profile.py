@@ -56,9 +56,9 @@ def test_kernels_that_hold_the_same_are_one_line():
 
 @pytest.mark.filterwarnings("ignore:builtin type .* has no __module__:DeprecationWarning")
 def test_a_real_trace(tmp_path):
-    profile.main(["--case", "infer-convnet-batch128", "--candidate", "rules", "--calls", "2",
+    profile.main(["--case", "train-convnet-batch128", "--candidate", "rules", "--calls", "2",
                   "--device", "cpu", "--out", str(tmp_path)])  # fmt: skip
-    stem = "profile-infer-convnet-batch128-rules"
+    stem = "profile-train-convnet-batch128-rules"
     assert {path.name for path in tmp_path.iterdir()} == {
         f"{stem}.{s}" for s in ("md", "json", "png")
     }
@@ -66,3 +66,4 @@ def test_a_real_trace(tmp_path):
     slow = [row["ms"] for row in found["kernels"] if row["bytes"] > 1e6]
     assert slow
     assert all(ms > 0 for ms in slow)
+    assert abs(found["elsewhere_ms"]) < 0.1 * sum(row["ms"] for row in found["kernels"])

@@ -108,7 +108,7 @@ class DepthwiseSeparable(nnx.Module):
 
 
 class BatchNorm(nnx.BatchNorm):
-    """`flax.nnx.BatchNorm`, in training as one multiplication and one addition for each channel.
+    """`flax.nnx.BatchNorm`, in training with one factor and one summand for each channel.
 
     The same arguments, variables and, up to rounding, values. Flax subtracts the mean first; that
     difference is stored for the backward pass, which then sums over all images once more than it
