@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxaccel._select import Where, flatten, is_kernel, rebuild, select
-from jaxaccel.quantize import is_qtensor
+from jaxaccel.quantize._qtensor import is_qtensor
 
 if TYPE_CHECKING:
     import optax
