@@ -1,7 +1,7 @@
 """What depends on what in a graph: constants, bodies of calls inlined, shuffles as one node."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,24 +41,28 @@ def evaluate(graph: Graph, given: Mapping[Value, Any], wanted: Sequence[Value]) 
     return jax.jit(lambda arguments: run(part, arguments))(list(given.values()))
 
 
-def flatten(graph: Graph) -> Graph:
-    """The graph with the bodies of jit and remat in place of their calls."""
+def flatten(graph: Graph, also: Collection[str] = ()) -> Graph:
+    """The graph with the bodies of jit and remat, and of `also`, in place of their calls."""
     nodes: list[Node] = []
     constants: dict[Value, Any] = {}
-    outputs = _inline(graph, graph.inputs, nodes, constants)
+    outputs = _inline(graph, graph.inputs, nodes, constants, {*_INLINED, *also})
     return Graph(graph.inputs, nodes, outputs, constants)
 
 
 def _inline(
-    graph: Graph, inputs: Sequence[Atom], nodes: list[Node], constants: dict[Value, Any]
+    graph: Graph,
+    inputs: Sequence[Atom],
+    nodes: list[Node],
+    constants: dict[Value, Any],
+    names: Collection[str],
 ) -> list[Atom]:
     renamed: dict[Value, Atom] = dict(zip(graph.inputs, inputs, strict=True))
     constants.update(graph.constants)
     rename = lambda atom: renamed.get(atom, atom) if isinstance(atom, Value) else atom
     for node in graph.nodes:
         operands = [rename(atom) for atom in node.inputs]
-        if node.name in _INLINED:
-            results = _inline(node.bodies[0], operands, nodes, constants)
+        if node.name in names:
+            results = _inline(node.bodies[0], operands, nodes, constants, names)
             renamed.update(zip(node.outputs, results, strict=True))
         else:
             nodes.append(replace(node, inputs=operands))

@@ -30,15 +30,16 @@ def coefficients(
     values = dict(zip(others, evaluate(v.graph, leaves, list(others)), strict=True))
     folds = [
         (
-            _compose(f.before, f.order, values),
-            _compose(f.after, tuple(range(len(f.contraction.outs))), values),
+            compose(f.before, f.order, values),
+            compose(f.after, tuple(range(len(f.contraction.outs))), values),
         )
         for f in matches.folds
     ]
-    return folds, [_compose(m.steps, m.channels, values) for m in matches.merges]
+    return folds, [compose(m.steps, m.channels, values) for m in matches.merges]
 
 
-def _compose(steps: Steps, order: Labels, values: Mapping[Value, Array]) -> Affine:
+def compose(steps: Steps, order: Labels, values: Mapping[Value, Array]) -> Affine:
+    """The steps as one map, with an axis for each label of `order`."""
     dtype = jnp.float32
     for s in steps:
         dtype = jnp.promote_types(dtype, s.y.aval.dtype)

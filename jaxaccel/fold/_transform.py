@@ -129,10 +129,10 @@ class Folded:
                 )
 
 
-def keyed(tree: PyTree) -> dict[Keys, Any]:
+def keyed(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> dict[Keys, Any]:
     """The leaves of a tree; a key of a path may hold a "/" itself."""
     name = lambda key: jax.tree_util.keystr((key,), simple=True)
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return {tuple(map(name, path)): leaf for path, leaf in leaves}
 
 

@@ -1,0 +1,146 @@
+"""The numbers of a layer: its kernel in 8 bits, and what is done to its accumulator."""
+
+from collections.abc import Sequence
+from functools import partial
+from math import log2
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxaccel.quantize._arithmetic import Grid, coarse_enough
+from jaxaccel.quantize._execute import Constants, per_output
+from jaxaccel.quantize._layers import Kernel, Layer
+from jaxaccel.quantize._program import Joined, Mean, Program, Sum, end_of, operands_of
+from jaxaccel.quantize._qtensor import QTensor
+
+_MOST_BITS = 24  # of a shift: what more would lose is below half a step anyway
+_LARGEST_BIAS = 2.0**29
+_UNIT = -20  # the exponent of the bias' own unit, relative to it, where a channel has no weights
+
+
+def kernel(x: Float[Array, "..."], axes: Sequence[int]) -> QTensor:
+    """In 8 bits, the largest number of each output channel as 127."""
+    values, scale = _symmetric(x, axes=tuple(axes))
+    return QTensor(values, scale, jnp.asarray(x).dtype.name)
+
+
+@partial(jax.jit, static_argnames="axes")
+def _symmetric(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    scale = _largest(x, axes) / 127
+    scale = jnp.maximum(jnp.where(scale > 0, scale, 1), jnp.finfo(jnp.float32).tiny)
+    return _rounded(x, scale), scale
+
+
+def _largest(x: Array, axes: tuple[int, ...]) -> Array:
+    rest = tuple(i for i in range(x.ndim) if i not in axes)
+    return jnp.max(jnp.abs(x.astype(jnp.float32)), axis=rest, keepdims=True)
+
+
+@jax.jit
+def _rounded(x: Array, scale: Array) -> Array:
+    return jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -127, 127).astype(jnp.int8)
+
+
+@partial(jax.jit, static_argnames="axes")
+def _error(x: Array, scale: Array, axes: tuple[int, ...]) -> Array:
+    rest = tuple(i for i in range(x.ndim) if i not in axes)
+    return ((x - _rounded(x, scale) * scale) ** 2).sum(axis=rest, keepdims=True)
+
+
+def exponents(x: Float[Array, "..."], axes: Sequence[int]) -> Int[np.ndarray, "..."]:
+    """Of the power of two, for each output channel, with the least squared error.
+
+    Where all weights are zero: the exponent of 1.
+    """
+    axes = tuple(axes)
+    largest = np.asarray(jax.jit(_largest, static_argnames="axes")(x, axes=axes), np.float64)
+    high = np.ceil(np.log2(np.where(largest > 0, largest, 127) / 127)).astype(int)
+    errors = [
+        np.asarray(_error(x, jnp.asarray(2.0**e, jnp.float32), axes)) for e in (high, high - 1)
+    ]
+    return np.where(errors[1] < errors[0], high - 1, high)
+
+
+def float_layer(
+    layer: Layer, x: Array, bias: np.ndarray | None, data: Grid, result: Grid | None
+) -> tuple[QTensor, Constants]:
+    """The kernel and the numbers of a layer; its bias as it was, `result` None: a real number."""
+    q = kernel(x, layer.kernel.axes)
+    wide = np.asarray(q.scale, np.float64)
+    unit = per_output(layer.contraction, layer.kernel, wide) * data.scale
+    multiplier = unit if result is None else unit / result.scale
+    whole = None if bias is None else jnp.asarray(bias / unit, jnp.float32)
+    return q, Constants(jnp.asarray(multiplier, jnp.float32), whole)
+
+
+def shift_layer(
+    layer: Layer, x: Array, bias: np.ndarray | None, data: Grid, result: Grid | None
+) -> tuple[QTensor, Constants]:
+    """The kernel and the numbers of a layer whose scales are powers of two.
+
+    Its scale grows where the shift would be too long, or the bias or the sum too large.
+    """
+    c, axes = layer.contraction, layer.kernel.axes
+    own = 0.0 if bias is None else _to_leaf(layer.kernel, bias, x.ndim)
+    power = exponents(x, axes)
+    reads = int(log2(data.scale))
+    empty = np.asarray(_largest(x, axes)) == 0
+    unit = np.ceil(np.log2(np.where(own == 0, 1, np.abs(own)))).astype(int) + _UNIT
+    power = np.where(empty, unit - reads, power)
+    if result is not None:
+        gives = int(log2(result.scale))
+        power = np.where(empty, np.minimum(power, gives - reads), power)
+        power = np.maximum(power, gives - reads - _MOST_BITS)
+    least = np.ceil(np.log2(np.where(own == 0, 1, np.abs(own)) / _LARGEST_BIAS)).astype(int)
+    power = np.where(own == 0, power, np.maximum(power, least - reads))
+    scale = jnp.asarray(2.0**power, jnp.float32)
+    q = QTensor(_rounded(x, scale), scale, jnp.asarray(x).dtype.name)
+    power = per_output(c, layer.kernel, power)
+    unit = 2.0 ** (power + reads)
+    steps = None if bias is None else jnp.asarray(np.round(bias / unit), jnp.int32)
+    if result is None:
+        return q, Constants(jnp.asarray(unit, jnp.float32), steps)
+    bits = jnp.asarray(int(log2(result.scale)) - power - reads, jnp.int32)
+    return q, Constants(None, steps, bits)
+
+
+def _to_leaf(kernel: Kernel, x: np.ndarray, rank: int) -> np.ndarray:
+    """A number for each output channel, along the axes of the leaf."""
+    kept = [axis for axis in kernel.outs if axis is not None]
+    x = x.reshape([n for n, axis in zip(x.shape, kernel.outs, strict=True) if axis is not None])
+    x = x.transpose(np.argsort(kept))
+    sizes = dict(zip(sorted(kept), x.shape, strict=True))
+    return x.reshape([sizes.get(axis, 1) for axis in range(rank)])
+
+
+def coarsened(
+    program: Program, grids: Sequence[Grid], powers: dict[Layer, np.ndarray]
+) -> list[Grid]:
+    """The grids, none of them so fine that a rescaling to it would not fit its integers.
+
+    `powers` has the exponents of each kernel where scales are powers of two: no shift may be to
+    the left.
+    """
+    found = list(grids)
+
+    def widen(place: int, scale: float) -> None:
+        found[place] = Grid(max(found[place].scale, scale), found[place].zero_point)
+
+    for _ in grids:  # a grid may be read before the place where it is widened, if it is shared
+        before = list(found)
+        for step in program.steps.values():
+            end = program.integers.get(end_of(step))
+            if end is None:
+                continue
+            reads = [found[program.integers[x]].scale for x in operands_of(step)]
+            if isinstance(step, Sum | Joined):
+                widen(end, coarse_enough(0.0, reads))
+            elif isinstance(step, Mean):
+                widen(end, coarse_enough(0.0, [reads[0] * step.factor]))
+            elif isinstance(step, Layer) and step in powers:
+                widen(end, reads[0] * 2.0 ** float(powers[step].max()))
+        if found == before:
+            break
+    return found

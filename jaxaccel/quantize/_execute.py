@@ -1,0 +1,366 @@
+"""Runs a program: the integer steps on integers, the others as they were traced."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int8
+
+from jaxaccel._graph import Atom, Node, Value, loop, run
+from jaxaccel._rewritten import rerun
+from jaxaccel.fold._contractions import Contraction
+from jaxaccel.fold._view import Keys
+from jaxaccel.quantize._arithmetic import (
+    Clip,
+    Grid,
+    accumulated,
+    clip_of,
+    dequantize,
+    fixed,
+    quantize,
+    requantize,
+    rescaled,
+    shift,
+)
+from jaxaccel.quantize._correction import correction, per_channel
+from jaxaccel.quantize._layers import Bounds, Kernel, Layer, Tail
+from jaxaccel.quantize._plan import Activations
+from jaxaccel.quantize._program import (
+    Joined,
+    Mean,
+    Product,
+    Program,
+    Same,
+    Step,
+    Sum,
+    end_of,
+    operands_of,
+    stays_integer,
+)
+from jaxaccel.quantize._qtensor import QTensor
+
+
+class Constants(NamedTuple):
+    """Of a layer, per output channel: what is added to its accumulator, and its rescaling."""
+
+    multiplier: Array | None  # float32
+    bias: Array | None = None  # in steps of the accumulator
+    shift: Array | None = None  # int32; the multiplier of powers of two
+
+
+class Segment(NamedTuple):
+    """One integer step as it ran, in plain numbers.
+
+    Attributes:
+        step: what it is.
+        operands: integers in; of a layer the data, and the kernel as it is read.
+        grids: those of the operands that are data; none where they are dynamic.
+        accumulator: of a convolution or a dot product, with the zero point's correction, int32.
+        constants: of a layer that has them.
+        result: integers on `grid`, or a real number where that is None.
+    """
+
+    step: Step
+    operands: tuple[Array, ...]
+    grids: tuple[Grid, ...]
+    accumulator: Array | None
+    constants: Constants | None
+    result: Array
+    grid: Grid | None
+
+
+@dataclass
+class Setting:
+    """What a program runs with.
+
+    Attributes:
+        activations: "static", "dynamic" or "float".
+        grids: by their numbers.
+        constants: of each layer, by the path of its kernel.
+        segments: where to put what ran, if that is asked for.
+    """
+
+    activations: Activations
+    grids: Sequence[Grid] = ()
+    constants: Mapping[Keys, Constants] = field(default_factory=dict)
+    segments: list[Segment] | None = None
+
+
+def execute(program: Program, arguments: Sequence[Any], setting: Setting) -> list[Array]:
+    """The outputs of a program; an argument may be a `QTensor`."""
+    return _Run(program, setting).outputs(arguments)
+
+
+class _Run:
+    """The values of one graph: real ones, and those in 8 bits."""
+
+    def __init__(self, program: Program, setting: Setting) -> None:
+        self.program, self.setting = program, setting
+        self.real_: dict[Value, Any] = dict(program.view.graph.constants)
+        self.integers_: dict[Value, Int8[Array, "..."]] = {}
+
+    def outputs(self, arguments: Sequence[Any]) -> list[Array]:
+        graph = self.program.view.graph
+        self.real_.update(zip(graph.inputs, arguments, strict=True))
+        for node in graph.nodes:
+            step = self.program.steps.get(node)
+            if node not in self.program.alive:
+                continue
+            if step is not None and self.program.runs(step):
+                self._step(step)
+            else:
+                results = self._entered(node) or node.run([self.real(x) for x in node.inputs])
+                self.real_.update(zip(node.outputs, results, strict=True))
+        return [self.real(atom) for atom in graph.outputs]
+
+    def real(self, atom: Atom) -> Any:
+        """The value as it was traced."""
+        if not isinstance(atom, Value):
+            return atom.val
+        if atom not in self.real_:
+            found = dequantize(self.integers_[atom], self.grid(atom))
+            self.real_[atom] = found.astype(atom.aval.dtype)
+        found = self.real_[atom]
+        return found.dequantize().astype(atom.aval.dtype) if isinstance(found, QTensor) else found
+
+    def integers(self, value: Value) -> Int8[Array, "..."]:
+        """The value on its grid."""
+        if value not in self.integers_:
+            self.integers_[value] = quantize(self.real(value), self.grid(value))
+        return self.integers_[value]
+
+    def grid(self, value: Value) -> Grid:
+        return self.setting.grids[self.program.integers[value]]
+
+    def _step(self, step: Step) -> None:
+        run: Callable[[Any], None] = {
+            Layer: self._layer, Product: self._product, Sum: self._sum, Mean: self._mean,
+            Joined: self._joined, Same: self._same,
+        }[type(step)]  # fmt: skip
+        run(step)
+
+    def _stays(self, step: Step) -> bool:
+        """Whether the result of a step that runs is in 8 bits."""
+        return end_of(step) in self.program.integers and stays_integer(step)
+
+    def _keep(
+        self,
+        step: Step,
+        operands: Sequence[Array],
+        result: Array,
+        acc: Array | None = None,
+        constants: Constants | None = None,
+    ) -> None:
+        """The result of a step, in 8 bits where something reads it so."""
+        end, integers, stays = end_of(step), self.program.integers, self._stays(step)
+        if stays:
+            self.integers_[end] = result
+        else:
+            self.real_[end] = result = result.astype(end.aval.dtype)
+        if self.setting.segments is not None:
+            grids = tuple(self.grid(x) for x in operands_of(step) if x in integers)
+            grid = self.grid(end) if stays else None
+            found = Segment(step, tuple(operands), grids, acc, constants, result, grid)
+            self.setting.segments.append(found)
+
+    def _layer(self, step: Layer) -> None:
+        kernel = self.real_[step.kernel.leaf]
+        if self.setting.activations == "float":
+            self._weight_only(step, kernel)
+        elif self.setting.activations == "dynamic":
+            self._dynamic(step, kernel)
+        else:
+            self._static(step, kernel)
+
+    def _weight_only(self, step: Layer, kernel: QTensor) -> None:
+        """The scale of the kernel multiplies the result."""
+        c = step.contraction
+        values = _moved(step.kernel, kernel.values).astype(c.kernel.aval.dtype)
+        (out,) = c.node.run(_both(c, self.real(c.data), values))
+        scales = per_channel(per_output(c, step.kernel, kernel.scale), c.labels)
+        self._keep(step, (), out.astype(jnp.float32) * scales)
+
+    def _dynamic(self, step: Layer, kernel: QTensor) -> None:
+        c, values = step.contraction, _moved(step.kernel, kernel.values)
+        q, scale = _by_row(c, self.real(c.data))
+        acc = _accumulate(c.node, _both(c, q, values))
+        scales = per_channel(per_output(c, step.kernel, kernel.scale), c.labels)
+        self._keep(step, (q, values), acc.astype(jnp.float32) * (scale * scales), acc)
+
+    def _static(self, step: Layer, kernel: QTensor) -> None:
+        c, grid = step.contraction, self.grid(step.contraction.data)
+        q, values = self.integers(c.data), _moved(step.kernel, kernel.values)
+        acc = _accumulate(c.node, _both(c, q, values))
+        if grid.zero_point:
+            acc = acc - correction(c, values, grid.zero_point)
+        constants = self.setting.constants.get(self.program.view.leaves[step.kernel.leaf])
+        if constants is None:
+            scale = per_output(c, step.kernel, kernel.scale) * np.float32(grid.scale)
+            constants = Constants(scale)
+        out = self._left(step.tail, acc, constants, self._stays(step))
+        self._keep(step, (q, values), out, acc, constants)
+
+    def _left(self, tail: Tail, acc: Array, constants: Constants, stays: bool) -> Array:
+        """An accumulator as it leaves."""
+        for node in tail.moves:
+            if node.name != "convert_element_type":
+                (acc,) = node.run([acc])
+        along = lambda x: None if x is None else per_channel(x, tail.labels)
+        multiplier, bias, bits = map(along, constants)
+        if bits is not None:
+            to = self.grid(tail.end)
+            return shift(acc, bias, bits, to.zero_point, clip_of(to, *tail.bounds))
+        assert multiplier is not None
+        if not stays:
+            return _limited(accumulated(acc, bias, multiplier), tail.bounds)
+        to = self.grid(tail.end)
+        return requantize(acc, bias, multiplier, to.zero_point, clip_of(to, *tail.bounds))
+
+    def _product(self, step: Product) -> None:
+        node = step.node
+        if self.setting.activations == "dynamic":
+            first, second = (_one_scale(self.real(x)) for x in step.operands)
+        else:
+            first, second = (
+                (self.integers(x), np.float32(self.grid(x).scale)) for x in step.operands
+            )
+        acc = _accumulate(node, [first[0], second[0]])
+        out = acc.astype(jnp.float32) * (first[1] * second[1])
+        self._keep(step, (first[0], second[0]), out, acc)
+
+    def _sum(self, step: Sum) -> None:
+        to = self.grid(step.tail.end)
+        operands = [self.integers(x) for x in step.operands]
+        out = _rescaled(operands, [self.grid(x) for x in step.operands], to,
+                        clip_of(to, *step.tail.bounds))  # fmt: skip
+        self._keep(step, operands, out)
+
+    def _mean(self, step: Mean) -> None:
+        q, grid, to = self.integers(step.operand), self.grid(step.operand), self.grid(step.tail.end)
+        wide = q.astype(jnp.int32) - grid.zero_point
+        (total,) = step.node.run([wide])
+        factors = fixed([grid.scale * step.factor / to.scale], 255 * step.terms)
+        out = rescaled([total], factors, to.zero_point, clip_of(to, *step.tail.bounds))
+        self._keep(step, (q,), out, total)
+
+    def _joined(self, step: Joined) -> None:
+        to = self.grid(step.node.outputs[0])
+        operands = [self.integers(x) for x in step.operands]
+        parts = [
+            q if self.grid(x) == to else _rescaled([q], [self.grid(x)], to, Clip())
+            for q, x in zip(operands, step.operands, strict=True)
+        ]
+        self._keep(step, operands, step.node.run(parts)[0])
+
+    def _same(self, step: Same) -> None:
+        node, grid = step.node, self.grid(step.operand)
+        q = self.integers(step.operand)
+        if node.name == "pad":
+            out = lax.pad(q, jnp.int8(grid.zero_point), node.params["padding_config"])
+        elif node.name in ("max", "min", "clamp"):
+            out = jnp.clip(q, *clip_of(grid, *step.bounds))
+        else:
+            out = q if node.name == "convert_element_type" else node.run([q])[0]
+        self._keep(step, (q,), out)
+
+    def _entered(self, node: Node) -> list[Array] | None:
+        """A loop, with the programs of its bodies."""
+        bodies = self.program.bodies.get(node)
+        if bodies is None:
+            return None
+        called: list[Callable[..., list[Any]]] = [
+            lambda *args, body=body: execute(body, args, self._inner()) for body in bodies
+        ]
+        if node.name == "while":
+            called.insert(0, lambda *args: run(node.bodies[0], args))
+        return rerun(node, [self._passed(node, i) for i in range(len(node.inputs))], called)
+
+    def _inner(self) -> Setting:
+        """Of a loop's body: what happens in it cannot be shown outside."""
+        return Setting(self.setting.activations, self.setting.grids)
+
+    def _passed(self, node: Node, place: int) -> Any:
+        """An operand of a loop; a kernel stays in 8 bits."""
+        atom = node.inputs[place]
+        held = self.real_.get(atom) if isinstance(atom, Value) else None
+        if not isinstance(held, QTensor) or not _is_read_alone(node, place):
+            return self.real(atom)
+        scanned = node.name == "scan" and place >= sum(loop(node)[::2])
+        return self.real(atom) if scanned and held.scale.shape[0] != held.values.shape[0] else held
+
+
+def _limited(x: Array, bounds: Bounds) -> Array:
+    return x if bounds == Bounds() else jnp.clip(x, *bounds)
+
+
+def _is_read_alone(node: Node, place: int) -> bool:
+    """Whether an operand of a loop goes into its body, and is not changed there."""
+    if node.name == "cond":
+        return place > 0
+    consts, body_consts, carry = loop(node)
+    tested = consts if node.name == "while" else 0
+    return tested <= place < consts + body_consts or place >= consts + body_consts + carry
+
+
+def _both(c: Contraction, data: Array, kernel: Array) -> list[Array]:
+    """The operands in the order of the node."""
+    return [data, kernel] if c.node.inputs[0] is c.data else [kernel, data]
+
+
+def _accumulate(node: Node, operands: list[Array]) -> Array:
+    (acc,) = node.run(operands, preferred_element_type=np.dtype(np.int32), precision=None)
+    return acc
+
+
+def _moved(kernel: Kernel, values: Array) -> Array:
+    """The values of a leaf as the contraction reads them."""
+    for node in kernel.path:
+        if node.name != "convert_element_type":
+            (values,) = node.run([values])
+    return values
+
+
+def per_output(c: Contraction, kernel: Kernel, scale: Any) -> Any:
+    """The scale of a leaf with one axis for each output axis of the contraction."""
+    kept = [axis for axis in kernel.outs if axis is not None]
+    others = [axis for axis in range(scale.ndim) if axis not in kept]
+    return scale.transpose(*kept, *others).reshape(c.sizes)
+
+
+def _rescaled(
+    operands: Sequence[Array], grids: Sequence[Grid], to: Grid, limits: Clip
+) -> Int8[Array, "..."]:
+    """The sum of integers of several grids on another one."""
+    terms = [q.astype(jnp.int32) - g.zero_point for q, g in zip(operands, grids, strict=True)]
+    factors = fixed([grid.scale / to.scale for grid in grids], 255)
+    return rescaled(terms, factors, to.zero_point, limits)
+
+
+def _by_row(c: Contraction, x: Array) -> tuple[Int8[Array, "..."], Array]:
+    """Data in 8 bits, with a scale for each row of the result (or image of a batch)."""
+    if c.node.name == "dot_general":
+        bound = c.node.params["dimension_numbers"][0][0 if c.node.inputs[0] is c.data else 1]
+        batch = c.node.params["dimension_numbers"][1][0 if c.node.inputs[0] is c.data else 1]
+        free = [i for i in range(x.ndim) if i not in (*bound, *batch)]
+        q, scale = _one_scale(x, tuple(bound))
+        own = [i for i, label in enumerate(c.labels) if label is None]
+        kept = scale.transpose(*batch, *free, *bound).reshape([x.shape[i] for i in (*batch, *free)])
+        places = (*range(len(batch)), *own)
+        return q, kept.reshape([dict(zip(places, kept.shape, strict=True)).get(i, 1)
+                                for i in range(len(c.labels))])  # fmt: skip
+    numbers = c.node.params["dimension_numbers"]
+    q, scale = _one_scale(x, tuple(i for i in range(x.ndim) if i != numbers.lhs_spec[0]))
+    sizes = [1] * x.ndim
+    sizes[numbers.out_spec[0]] = x.shape[numbers.lhs_spec[0]]
+    return q, scale.reshape(sizes)
+
+
+def _one_scale(x: Array, axes: tuple[int, ...] | None = None) -> tuple[Int8[Array, "..."], Array]:
+    """Symmetric integers, and a scale for what is left of x without `axes` (all of it)."""
+    wide = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=axes is not None, initial=0)
+    scale = jnp.where(largest > 0, largest / 127, 1)
+    return jnp.clip(jnp.round(wide / scale), -127, 127).astype(jnp.int8), scale

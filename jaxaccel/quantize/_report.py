@@ -1,0 +1,61 @@
+"""What runs on integers, and what does not and why."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxaccel._table import table
+from jaxaccel.quantize._arithmetic import Grid
+from jaxaccel.quantize._layers import Layer, Left
+from jaxaccel.quantize._plan import Plan
+from jaxaccel.quantize._program import Product
+
+
+class Row(NamedTuple):
+    """A convolution or dot product on integers: what it reads and in what form it leaves.
+
+    Attributes:
+        where: the path of its kernel, or the name of the primitive.
+        source: the line that made it.
+        data: the grid of what it reads; None where it is taken from each batch.
+        result: the grid of what leaves, None where that is a real number.
+    """
+
+    where: str
+    source: str
+    data: Grid | None
+    result: Grid | None
+
+
+class Report(NamedTuple):
+    """What `int8` did; printed, a table with a row for each convolution and dot product."""
+
+    rows: tuple[Row, ...]
+    left: tuple[Left, ...]
+
+    def __str__(self) -> str:
+        """A table, and the numbers below it."""
+        rows = [("int8", r.where, _grid(r.data), _grid(r.result)) for r in self.rows]
+        rows += [("float", one.where, f"{one.reason} ({one.source})", "") for one in self.left]
+        counts = f"{len(self.rows)} on integers, {len(self.left)} left in floating point"
+        return f"{table(('', 'where', 'reads', 'gives'), rows)}\n{counts}" if rows else counts
+
+
+def report(made: Plan, grids: Sequence[Grid]) -> Report:
+    """The report of a plan."""
+    rows, left = [], []
+    for program in made.program.all:
+        of = {value: grids[number] for value, number in program.integers.items()}
+        left += program.left
+        for step in program.steps.values():
+            if isinstance(step, Layer):
+                path = "/".join(program.view.leaves[step.kernel.leaf])
+                data, end = step.contraction.data, step.tail.end
+                rows.append(Row(path, step.contraction.node.source, of.get(data), of.get(end)))
+            elif isinstance(step, Product):
+                data = of.get(step.operands[0])
+                rows.append(Row(step.node.name, step.node.source, data, None))
+    return Report(tuple(rows), tuple(left))
+
+
+def _grid(one: Grid | None) -> str:
+    return "real" if one is None else f"{one.scale:.3g} * (q {-one.zero_point:+d})"

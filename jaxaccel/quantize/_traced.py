@@ -1,0 +1,137 @@
+"""A function with the plan of each of its calls, and the quantized function that runs it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from jaxaccel._graph import Trace, trace
+from jaxaccel.fold._transform import keyed
+from jaxaccel.fold._view import Keys
+from jaxaccel.quantize._arithmetic import Grid
+from jaxaccel.quantize._execute import Constants, Segment, Setting, execute
+from jaxaccel.quantize._layers import Layer
+from jaxaccel.quantize._plan import Choice, Plan, plan
+from jaxaccel.quantize._program import end_of
+from jaxaccel.quantize._qtensor import is_qtensor
+from jaxaccel.quantize._report import report
+
+
+class Traced:
+    """A function, its original parameters' tree, and what is asked for."""
+
+    def __init__(self, fn: Callable, params: PyTree, choice: Choice) -> None:
+        self.fn, self.choice = fn, choice
+        self.tree = jax.tree.structure(params)
+        self.avals = {keys: jax.typeof(leaf) for keys, leaf in keyed(params).items()}
+
+    def plan(self, given: PyTree, args: Sequence[Any]) -> tuple[Plan, Trace]:
+        """Of a call with these parameters, original ones or quantized."""
+        leaves = keyed(given, is_qtensor)
+        avals = [self._aval(keys, leaves.get(keys)) for keys in self.avals]
+        traced = trace(self.fn, jax.tree.unflatten(self.tree, avals), *args)
+        inputs = traced.graph.inputs[: traced.num_params]
+        return plan(traced.graph, dict(zip(inputs, self.avals, strict=True)), self.choice), traced
+
+    def _aval(self, keys: Keys, leaf: Any) -> Any:
+        original = self.avals[keys]
+        if leaf is None or is_qtensor(leaf):
+            return original
+        aval = jax.typeof(leaf)
+        return aval if (aval.shape, aval.dtype) == (original.shape, original.dtype) else original
+
+
+class ConstantKeys(NamedTuple):
+    """Where the `Constants` of a layer are stored."""
+
+    multiplier: Keys | None
+    bias: Keys | None
+    shift: Keys | None
+
+
+class Quantized:
+    """``fn(params, *args)`` on integers; see `report`."""
+
+    def __init__(
+        self,
+        traced: Traced,
+        made: Plan,
+        new: Mapping[Keys, Any],
+        grids: Sequence[Grid],
+        names: Mapping[Keys, ConstantKeys],
+    ) -> None:
+        self._traced, self._grids, self._names = traced, tuple(grids), dict(names)
+        self._signature = _signature(made)
+        self._expected = {keys: _shape(leaf) for keys, leaf in new.items()}
+        self.report = report(made, grids)
+
+    def __repr__(self) -> str:
+        """The original function, and how much of it runs on integers."""
+        name = getattr(self._traced.fn, "__name__", self._traced.fn)
+        return f"<jx.quantize.int8 of {name!s}: {len(self.report.rows)} on integers>"
+
+    def __call__(self, params: PyTree, *args: Any) -> Any:
+        """The result of the original function, from quantized parameters."""
+        return self._run(params, args, None)
+
+    def segments(self, params: PyTree, *args: Any) -> list[Segment]:
+        """Every integer step as it runs: integers in, integers or real numbers out."""
+        found: list[Segment] = []
+
+        def run(params: PyTree, args: Sequence[Any]) -> list[Any]:
+            found.clear()
+            self._run(params, args, found)
+            return [(s.operands, s.accumulator, s.constants, s.result) for s in found]
+
+        ran = jax.jit(run)(params, args)
+        names = ("operands", "accumulator", "constants", "result")
+        return [
+            s._replace(**dict(zip(names, x, strict=True))) for s, x in zip(found, ran, strict=True)
+        ]
+
+    def _run(self, params: PyTree, args: Sequence[Any], segments: list[Segment] | None) -> Any:
+        given = keyed(params, is_qtensor)
+        self._check(given)
+        made, traced = self._traced.plan(params, args)
+        if _signature(made) != self._signature:
+            raise ValueError(
+                f"{self!r}: for these arguments fn has other steps than for the batches of its "
+                "calibration: they depend on shapes; quantize with batches of these shapes"
+            )
+        at = lambda keys: None if keys is None else given[keys]
+        constants = {k: Constants(*map(at, names)) for k, names in self._names.items()}
+        setting = Setting(self._traced.choice.activations, self._grids, constants, segments)
+        leaves = [given.get(keys) for keys in self._traced.avals]
+        results = execute(made.program, [*leaves, *jax.tree.leaves(args)], setting)
+        return jax.tree.unflatten(traced.out_tree, [jnp.asarray(x) for x in results])
+
+    def _check(self, given: Mapping[Keys, Any]) -> None:
+        for keys in self._expected.keys() ^ given.keys():
+            missing = keys in self._expected
+            raise ValueError(
+                f"{'/'.join(keys)}: {'missing from' if missing else 'not in'} the quantized "
+                "parameters; pass the tree that jx.quantize.int8 returned with this function"
+            )
+        for keys, shape in self._expected.items():
+            if _shape(given[keys]) != shape:
+                raise ValueError(
+                    f"{'/'.join(keys)}: {_shape(given[keys])}, expected {shape}; pass the tree "
+                    "that jx.quantize.int8 returned with this function"
+                )
+
+
+def _shape(leaf: Any) -> str:
+    kind = "a QTensor" if is_qtensor(leaf) else "an array"
+    return f"{kind} of shape {jnp.shape(leaf.values if is_qtensor(leaf) else leaf)}"
+
+
+def _signature(made: Plan) -> list[Any]:
+    """Equal for two plans that do the same, whatever the shapes."""
+    found: list[Any] = [made.axes, made.grids]
+    for program in made.program.all:
+        for step in program.steps.values():
+            keys = program.view.leaves[step.kernel.leaf] if isinstance(step, Layer) else ()
+            found.append((type(step).__name__, keys, program.integers.get(end_of(step))))
+    return found
