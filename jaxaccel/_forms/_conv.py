@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxaccel._forms._apart import apart
+from jaxaccel._apart import apart
 
 Pads: TypeAlias = tuple[tuple[int, int], ...]
 LAYOUT = ("NHWC", "HWIO", "NHWC")

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxaccel._forms._apart import apart
+from jaxaccel._apart import apart
 from jaxaccel._forms._conv import Conv, indices, out_size, padded, tap
 
 # Rows summed by unrolled code before XLA's slower reduction. From 16 on XLA:CPU does not fuse the

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxaccel._forms._apart import apart
+from jaxaccel._apart import apart
 
 
 def _edges(params: Mapping[str, Any]) -> list[tuple[int, int, int]]:

@@ -112,5 +112,6 @@ def _name(program: Program, number: int) -> str:
         for value, place in one.watched.items():
             node = one.view.makers.get(value)
             if place == number:
-                return f"the result of {node.name} at {node.source}" if node else "an argument"
+                line = f" at {node.source}" if node and node.source else ""
+                return f"the result of {node.name}{line}" if node else "an argument"
     raise AssertionError(number)

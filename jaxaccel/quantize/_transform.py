@@ -113,6 +113,10 @@ def _check_params(fn: Callable, params: PyTree) -> None:
         raise ValueError(f"fn: {fn!r} is quantized already; pass the function that it was made of")
     for keys, leaf in keyed(params, is_qtensor).items():
         path = "/".join(keys)
+        if not keys:
+            raise ValueError(
+                "params: is a single array, beside which nothing can stand; put it in a dict"
+            )
         if is_qtensor(leaf):
             raise ValueError(
                 f"{path}: is a QTensor already; pass jx.quantize.dequantize(params), or the "
