@@ -34,11 +34,11 @@ def layer(segment, operands, result):
     zero = segment.grids[0].zero_point if segment.grids else 0
     data_first = c.node.inputs[0] is c.data
     if c.node.name == "conv_general_dilated":
-        acc = reference.convolution(*operands, zero, c.node.params)
+        acc = reference.convolution(operands[0], operands[1], zero, c.node.params)
     else:
-        order = operands if data_first else operands[::-1]
+        first, second = operands if data_first else operands[::-1]
         zeros = (zero, 0) if data_first else (0, zero)
-        acc = reference.dot(*order, zeros, c.node.params)
+        acc = reference.dot(first, second, zeros, c.node.params)
     np.testing.assert_array_equal(np.asarray(segment.accumulator), acc)
     if segment.constants is None:  # dynamic: what follows is real
         return
@@ -67,14 +67,14 @@ def layer(segment, operands, result):
 
 
 def product(segment, operands, result):
-    acc = reference.dot(*operands, (0, 0), segment.step.node.params)
+    acc = reference.dot(operands[0], operands[1], (0, 0), segment.step.node.params)
     np.testing.assert_array_equal(np.asarray(segment.accumulator), acc)
 
 
 def add(segment, operands, result):
     zeros, scales = [g.zero_point for g in segment.grids], [g.scale for g in segment.grids]
     expected = reference.rescaled(
-        operands, zeros, scales, *segment.grid, 255, *limits(segment, segment.step.tail.bounds)
+        operands, zeros, scales, segment.grid, 255, limits(segment, segment.step.tail.bounds)
     )
     np.testing.assert_array_equal(result, expected)
 
@@ -89,8 +89,8 @@ def mean(segment, operands, result):
         total = windows(x, p["window_dimensions"], **ones)
     np.testing.assert_array_equal(np.asarray(segment.accumulator), total)
     expected = reference.rescaled(
-        [total], [0], [grid.scale * step.factor], *segment.grid, 255 * step.terms,
-        *limits(segment, step.tail.bounds),
+        [total], [0], [grid.scale * step.factor], segment.grid, 255 * step.terms,
+        limits(segment, step.tail.bounds),
     )  # fmt: skip
     np.testing.assert_array_equal(result, expected)
 
@@ -105,7 +105,7 @@ def windows(x, sizes, window_strides, padding):
 def joined(segment, operands, result):
     parts = [
         x if grid == segment.grid
-        else reference.rescaled([x], [grid.zero_point], [grid.scale], *segment.grid, 255)
+        else reference.rescaled([x], [grid.zero_point], [grid.scale], segment.grid, 255)
         for x, grid in zip(operands, segment.grids, strict=True)
     ]  # fmt: skip
     axis = segment.step.node.params["dimension"]
@@ -117,7 +117,8 @@ def same(segment, operands, result):
     step, (grid,) = segment.step, segment.grids
     assert segment.grid == grid
     if step.bounds != Bounds():
-        expected = np.clip(operands[0], *limits(segment, step.bounds))
+        low, high = limits(segment, step.bounds)
+        expected = np.clip(operands[0], low, high)
     else:
         real = operands[0].astype(np.float32) - grid.zero_point
         rest = [np.float32(0) for _ in step.node.inputs[1:]]  # a pad's edge

@@ -74,8 +74,9 @@ def shifted(acc, bias, bits, zero, low=-128, high=127):
     return np.clip(np.floor_divide(total + half, 2**bits) + zero, low, high)  # halves up
 
 
-def rescaled(terms, zeros, scales, result_scale, result_zero, largest, low=-128, high=127):
+def rescaled(terms, zeros, scales, result, largest, limits=(-128, 127)):
     """A sum of integers of several scales, by integer factors; ``|term| <= largest``."""
+    result_scale, result_zero = result
     ratios = [scale / result_scale for scale in scales]
     bits = 30
     if all(np.log2(ratio) == int(np.log2(ratio)) for ratio in ratios):
@@ -85,7 +86,7 @@ def rescaled(terms, zeros, scales, result_scale, result_zero, largest, low=-128,
     pairs = zip(terms, zeros, ratios, strict=True)
     total = sum((t.astype(np.int64) - z) * round(r * 2**bits) for t, z, r in pairs)
     assert np.abs(total).max(initial=0) < 2**30
-    return shifted(total, 0, np.int64(bits), result_zero, low, high)
+    return shifted(total, 0, np.int64(bits), result_zero, *limits)
 
 
 def bound(limit, scale, zero):

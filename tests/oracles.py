@@ -1,5 +1,7 @@
 """Slow, obvious references, written without the code they check."""
 
+import math
+
 import numpy as np
 
 
@@ -34,3 +36,64 @@ def n_of_m(column: list[float], n: int, m: int) -> list[bool]:
         order = sorted(range(m), key=lambda i: (group[i], i))
         kept += [i in order[m - n :] for i in range(m)]
     return kept
+
+
+def nearest_codes(quotient: float) -> set[int]:
+    """The whole numbers that are nearest; two where float32 may round either way."""
+    return {round(quotient + error) for error in (-1e-4, 0.0, 1e-4)}
+
+
+def groups_of(x: np.ndarray, axes: tuple[int, ...], size: int | None) -> list[list[tuple]]:
+    """The indices that share a scale, group after group of each channel."""
+    channels: dict[tuple, list[tuple]] = {}
+    for index in np.ndindex(*x.shape):
+        channels.setdefault(tuple(index[a] for a in axes), []).append(index)
+    whole = size or x.size
+    return [c[i : i + whole] for c in channels.values() for i in range(0, len(c), whole)]
+
+
+def unpacked(packed, scale, shape, axes, group) -> np.ndarray:
+    """A tensor of packed 4-bit codes, number by number: index -> row, channel -> byte, nibble."""
+    out = np.zeros(shape, np.float32)
+    for index in np.ndindex(*shape):
+        row = channel = 0
+        for axis, (i, size) in enumerate(zip(index, shape, strict=True)):
+            if axis in axes:
+                channel = channel * size + i
+            else:
+                row = row * size + i
+        byte = int(packed[row // 2, channel])
+        code = (byte // 16 if row % 2 else byte % 16) - 8
+        out[index] = np.float32(code) * np.float32(scale[row // group, channel])
+    return out
+
+
+def significant(x: float, digits: int) -> float:
+    """Rounded to so many binary digits, half to even."""
+    fraction, exponent = math.frexp(x)
+    return math.ldexp(round(fraction * 2**digits), exponent - digits)
+
+
+def least_squared_error(numbers: list[float], largest: int, digits: int) -> float:
+    """Of 15 scales from max|x| / largest down to 0.3 times that, in steps of 0.05; in float64."""
+    full = max(abs(v) for v in numbers) / largest
+    errors = []
+    for twentieths in range(20, 5, -1):
+        scale = significant(full * twentieths / 20, digits)
+        codes = [min(max(round(v / scale), -largest), largest) for v in numbers]
+        errors.append(sum((v - c * scale) ** 2 for v, c in zip(numbers, codes, strict=True)))
+    return min(errors)
+
+
+def float8_numbers(exponent_bits: int, mantissa_bits: int, largest: float) -> list[float]:
+    """All finite numbers of a format that are not negative, from its definition."""
+    bias = 2 ** (exponent_bits - 1) - 1
+    found = []
+    for exponent in range(2**exponent_bits):
+        for mantissa in range(2**mantissa_bits):
+            part = mantissa / 2**mantissa_bits
+            if exponent == 0:
+                found.append(part * 2.0 ** (1 - bias))
+            else:
+                found.append((1 + part) * 2.0 ** (exponent - bias))
+    return [number for number in found if number <= largest]

@@ -1,6 +1,7 @@
 """int8 on bad and odd input: named errors, exact handling; and what its programs hold."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ from tests.test_int8 import DENSE, X, dense_average
 BATCHES = [X]
 
 
-def int8(fn=dense_average, params=DENSE, batches=BATCHES, **options):
-    return jx.quantize.int8(fn, params, batches, **{"calibration": "minmax"} | options)
+def int8(fn=dense_average, params: Any = DENSE, batches: Any = BATCHES, **options: Any):
+    options.setdefault("calibration", "minmax")
+    return jx.quantize.int8(fn, params, batches, **options)
 
 
 def integers(params, x):
@@ -112,6 +114,7 @@ def test_channels_of_zeros_give_their_bias(scales):
     segments = all_exact(small, new, X)
     np.testing.assert_allclose(small(new, X), fn(params, X), rtol=1e-5)
     bias, grid = params["a"]["bias"][2], segments[0].grid
+    assert grid is not None
     expected = max(float(bias), 0)
     found = (np.asarray(segments[0].result)[:, 2] - grid.zero_point) * grid.scale
     np.testing.assert_allclose(found, expected, atol=0.51 * grid.scale)

@@ -2,4 +2,5 @@
 
 from jaxaccel.quantize._qtensor import QTensor as QTensor
 from jaxaccel.quantize._qtensor import dequantize as dequantize
-from jaxaccel.quantize._qtensor import weights as weights
+from jaxaccel.quantize._transform import int8 as int8
+from jaxaccel.quantize._weights import weights as weights

@@ -13,24 +13,11 @@ from jaxaccel.quantize._arithmetic import Grid, coarse_enough
 from jaxaccel.quantize._execute import Constants, per_output
 from jaxaccel.quantize._layers import Kernel, Layer
 from jaxaccel.quantize._program import Joined, Mean, Program, Sum, end_of, operands_of
-from jaxaccel.quantize._qtensor import QTensor
+from jaxaccel.quantize._qtensor import QTensor, quantized
 
 _MOST_BITS = 24  # of a shift: what more would lose is below half a step anyway
 _LARGEST_BIAS = 2.0**29
 _UNIT = -20  # the exponent of the bias' own unit, relative to it, where a channel has no weights
-
-
-def kernel(x: Float[Array, "..."], axes: Sequence[int]) -> QTensor:
-    """In 8 bits, the largest number of each output channel as 127."""
-    values, scale = _symmetric(x, axes=tuple(axes))
-    return QTensor(values, scale, jnp.asarray(x).dtype.name)
-
-
-@partial(jax.jit, static_argnames="axes")
-def _symmetric(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    scale = _largest(x, axes) / 127
-    scale = jnp.maximum(jnp.where(scale > 0, scale, 1), jnp.finfo(jnp.float32).tiny)
-    return _rounded(x, scale), scale
 
 
 def _largest(x: Array, axes: tuple[int, ...]) -> Array:
@@ -67,7 +54,7 @@ def float_layer(
     layer: Layer, x: Array, bias: np.ndarray | None, data: Grid, result: Grid | None
 ) -> tuple[QTensor, Constants]:
     """The kernel and the numbers of a layer; its bias as it was, `result` None: a real number."""
-    q = kernel(x, layer.kernel.axes)
+    q = quantized(x, layer.kernel.axes)
     wide = np.asarray(q.scale, np.float64)
     unit = per_output(layer.contraction, layer.kernel, wide) * data.scale
     multiplier = unit if result is None else unit / result.scale

@@ -58,4 +58,6 @@ def report(made: Plan, grids: Sequence[Grid]) -> Report:
 
 
 def _grid(one: Grid | None) -> str:
-    return "real" if one is None else f"{one.scale:.3g} * (q {-one.zero_point:+d})"
+    if one is None:
+        return "real"
+    return f"{one.scale:.3g} * (q {'-' if one.zero_point > 0 else '+'} {abs(one.zero_point)})"

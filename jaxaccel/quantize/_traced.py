@@ -124,7 +124,7 @@ class Quantized:
 
 def _shape(leaf: Any) -> str:
     kind = "a QTensor" if is_qtensor(leaf) else "an array"
-    return f"{kind} of shape {jnp.shape(leaf.values if is_qtensor(leaf) else leaf)}"
+    return f"{kind} of shape {leaf.shape if is_qtensor(leaf) else jnp.shape(leaf)}"
 
 
 def _signature(made: Plan) -> list[Any]:

@@ -18,7 +18,7 @@ from jaxaccel.quantize._arithmetic import Grid
 from jaxaccel.quantize._execute import Constants
 from jaxaccel.quantize._plan import Activations, Choice
 from jaxaccel.quantize._program import Program
-from jaxaccel.quantize._qtensor import is_qtensor
+from jaxaccel.quantize._qtensor import is_qtensor, quantized
 from jaxaccel.quantize._ranges import Calibration, minmax
 from jaxaccel.quantize._traced import ConstantKeys, Quantized, Traced
 
@@ -80,10 +80,10 @@ def int8(
         >>> small(new, jnp.array([[1.0, 2.0, -1.0]])).round(1)
         Array([[3., 3.]], dtype=float32)
         >>> print(small.report)
-              where     reads                 gives
-        ----------------------------------------------------------
-        int8  a/kernel  0.0098 * (q +77)      0.00784 * (q +128)
-        int8  b/kernel  0.00784 * (q +128)    real
+              where                   reads  gives
+        --------------------------------------------------------
+        int8  a/kernel    0.0098 * (q + 77)  0.00784 * (q + 128)
+        int8  b/kernel  0.00784 * (q + 128)  real
         2 on integers, 0 left in floating point
 
     Source: Jacob et al. 2018 (https://arxiv.org/abs/1712.05877).
@@ -163,7 +163,7 @@ def _quantized(
     for keys, axes in made.axes.items():
         step = fixed.get(keys)
         if step is None:
-            new[keys] = _constants.kernel(leaves[keys], axes)
+            new[keys] = quantized(leaves[keys], axes)
             continue
         data = grids[program.integers[step.contraction.data]]
         end = program.integers.get(step.tail.end)
