@@ -1,5 +1,6 @@
 """Weights and whole functions in 8 bits and fewer."""
 
+from jaxaccel.quantize._equalize import equalize as equalize
 from jaxaccel.quantize._qtensor import QTensor as QTensor
 from jaxaccel.quantize._qtensor import dequantize as dequantize
 from jaxaccel.quantize._transform import int8 as int8

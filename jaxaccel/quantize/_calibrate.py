@@ -33,7 +33,7 @@ def arguments(batch: Any) -> tuple[Any, ...]:
     return batch if isinstance(batch, tuple) else (batch,)
 
 
-def first(batches: Iterable[Any], twice: bool) -> tuple[Any, ...]:
+def first(batches: Iterable[Any]) -> tuple[Any, ...]:
     """The arguments of the first batch.
 
     Raises:
@@ -58,7 +58,7 @@ def grids(
     """The grids of a function, in the order of their numbers."""
     seen = _ranges(traced, params, batches)
     counts = {} if calibrate is minmax else _counts(traced, params, batches, seen)
-    program = traced.plan(params, first(batches, False))[0].program
+    program = traced.plan(params, first(batches))[0].program
     symmetric = {number for one in program.all for number in one.symmetric}
     found = []
     for number in sorted(seen):
@@ -85,7 +85,7 @@ def _ranges(
             found[number] = min(low, float(one.low)), max(high, float(one.high))
     for number, (low, high) in found.items():
         if low > high:
-            where = _name(traced.plan(params, first(batches, False))[0].program, number)
+            where = _name(traced.plan(params, first(batches))[0].program, number)
             raise ValueError(f"batches: {where} had no numbers; pass batches that are not empty")
     return found
 

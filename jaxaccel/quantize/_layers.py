@@ -30,11 +30,13 @@ class Kernel:
     Attributes:
         leaf: the parameter.
         outs: of each output axis of the contraction, the axis of the leaf; None for one of size 1.
+        ins: the same of each input axis; None also for one that is merged or split.
         path: the nodes that lead from the leaf to the contraction.
     """
 
     leaf: Value
     outs: Labels
+    ins: Labels
     path: tuple[Node, ...]
 
     @property
@@ -204,7 +206,7 @@ def _kernel(view: View, c: Contraction) -> tuple[Kernel | None, str]:
     outs = tuple(labels[axis] if c.kernel.shape[axis] != 1 else None for axis in c.outs)
     if any(x is None and c.kernel.shape[axis] != 1 for x, axis in zip(outs, c.outs, strict=True)):
         return None, "its output channels are merged or split"
-    return Kernel(value, outs, tuple(reversed(path))), ""
+    return Kernel(value, outs, tuple(labels[axis] for axis in c.ins), tuple(reversed(path))), ""
 
 
 def contractions(view: View) -> Iterator[Node]:

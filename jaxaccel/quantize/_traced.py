@@ -1,13 +1,16 @@
 """A function with the plan of each of its calls, and the quantized function that runs it."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxaccel._graph import Trace, trace
+from jaxaccel.fold import batchnorm
 from jaxaccel.fold._transform import keyed
 from jaxaccel.fold._view import Keys
 from jaxaccel.quantize._arithmetic import Grid
@@ -135,3 +138,31 @@ def _signature(made: Plan) -> list[Any]:
             keys = program.view.leaves[step.kernel.leaf] if isinstance(step, Layer) else ()
             found.append((type(step).__name__, keys, program.integers.get(end_of(step))))
     return found
+
+
+def check_params(fn: Callable, params: PyTree) -> None:
+    """Raises an error where a function, or a leaf, cannot be quantized."""
+    if isinstance(fn, Quantized):
+        raise ValueError(f"fn: {fn!r} is quantized already; pass the function that it was made of")
+    for keys, leaf in keyed(params, is_qtensor).items():
+        path = "/".join(keys)
+        if not keys:
+            raise ValueError(
+                "params: is a single array, beside which nothing can stand; put it in a dict"
+            )
+        if is_qtensor(leaf):
+            raise ValueError(
+                f"{path}: is a QTensor already; pass jx.quantize.dequantize(params), or the "
+                "parameters from before"
+            )
+        if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer):
+            raise TypeError(f"{path}: has no numbers yet; quantize outside of jax.jit, on arrays")
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and not jnp.isfinite(leaf).all():
+            raise ValueError(f"{path}: holds NaN or infinity; restore an earlier checkpoint")
+
+
+def folded(fn: Callable, params: PyTree, args: Sequence[Any]) -> tuple[Callable, PyTree]:
+    """The function without batch norm; itself, if it has none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "jx.fold.batchnorm: nothing to fold")
+        return batchnorm(fn, params, *args)

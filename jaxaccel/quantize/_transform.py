@@ -1,16 +1,11 @@
 """`jx.quantize.int8`: the transform."""
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
-import jax
-import jax.core
-import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxaccel._select import Where, select
-from jaxaccel.fold import batchnorm
 from jaxaccel.fold._transform import keyed, nested
 from jaxaccel.fold._view import Keys
 from jaxaccel.quantize import _biases, _calibrate, _constants
@@ -18,9 +13,9 @@ from jaxaccel.quantize._arithmetic import Grid
 from jaxaccel.quantize._execute import Constants
 from jaxaccel.quantize._plan import Activations, Choice
 from jaxaccel.quantize._program import Program
-from jaxaccel.quantize._qtensor import is_qtensor, quantized
-from jaxaccel.quantize._ranges import Calibration, minmax
-from jaxaccel.quantize._traced import ConstantKeys, Quantized, Traced
+from jaxaccel.quantize._qtensor import quantized
+from jaxaccel.quantize._ranges import Calibration
+from jaxaccel.quantize._traced import ConstantKeys, Quantized, Traced, check_params, folded
 
 Scales: TypeAlias = Literal["float", "power_of_two"]
 
@@ -91,9 +86,9 @@ def int8(
     _check_option("activations", activations, ("static", "dynamic", "float"))
     _check_option("scales", scales, ("float", "power_of_two"))
     method = _calibrate.method(calibration)
-    _check_params(fn, params)
-    first = _calibrate.first(batches, twice=activations == "static" and method is not minmax)
-    fn, params = _folded(fn, params, first)
+    check_params(fn, params)
+    first = _calibrate.first(batches)
+    fn, params = folded(fn, params, first)
     traced = Traced(fn, params, Choice(activations, _taker(params, where)))
     made, _ = traced.plan(params, first)
     if not any(one.steps for one in made.program.all):
@@ -106,32 +101,6 @@ def int8(
 def _check_option(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}")
-
-
-def _check_params(fn: Callable, params: PyTree) -> None:
-    if isinstance(fn, Quantized):
-        raise ValueError(f"fn: {fn!r} is quantized already; pass the function that it was made of")
-    for keys, leaf in keyed(params, is_qtensor).items():
-        path = "/".join(keys)
-        if not keys:
-            raise ValueError(
-                "params: is a single array, beside which nothing can stand; put it in a dict"
-            )
-        if is_qtensor(leaf):
-            raise ValueError(
-                f"{path}: is a QTensor already; pass jx.quantize.dequantize(params), or the "
-                "parameters from before"
-            )
-        if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer):
-            raise TypeError(f"{path}: has no numbers yet; quantize outside of jax.jit, on arrays")
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and not jnp.isfinite(leaf).all():
-            raise ValueError(f"{path}: holds NaN or infinity; restore an earlier checkpoint")
-
-
-def _folded(fn: Callable, params: PyTree, args: Sequence[Any]) -> tuple[Callable, PyTree]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "jx.fold.batchnorm: nothing to fold")
-        return batchnorm(fn, params, *args)
 
 
 def _taker(params: PyTree, where: Where | None) -> Callable[[Keys], bool]:
