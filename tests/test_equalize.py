@@ -7,7 +7,7 @@ import pytest
 
 import jaxaccel as jx
 from tests.models import ZOO, normal
-from tests.test_int8 import CONV, DENSE, IMAGES, X, conv, dense, residual, snr
+from tests.test_int8 import CONV, DENSE, IMAGES, X, conv, dense, ran, residual, snr
 
 SEPARABLE = next(case for case in ZOO if case.name == "separable")
 
@@ -20,8 +20,10 @@ def test_the_same_function(name, pairs):
     same, new = jx.quantize.equalize(fn, params, [x])
     assert len(same.report.pairs) == pairs
     assert all(row.after < row.before for row in same.report.pairs)
-    np.testing.assert_allclose(same(new, x), fn(params, x), rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(same(new, -2 * x), fn(params, -2 * x), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(ran(same, new, x), ran(fn, params, x), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        ran(same, new, -2 * x), ran(fn, params, -2 * x), rtol=1e-3, atol=1e-4
+    )
 
 
 def hard():
@@ -43,13 +45,13 @@ def hard():
 def test_minmax_alone_fails_where_ranges_differ_and_equalization_brings_it_back():
     fn, params = hard()
     x = SEPARABLE.images()
-    real = fn(params, x)
+    real = ran(fn, params, x)
     np.testing.assert_allclose(real, fn(SEPARABLE.build()[1], x), rtol=1e-3, atol=1e-4)
     small, new = jx.quantize.int8(fn, params, [x], calibration="minmax")
-    assert snr(small(new, x), real) < 25
+    assert snr(ran(small, new, x), real) < 25
     same, params = jx.quantize.equalize(fn, params, [x])
     small, new = jx.quantize.int8(same, params, [x], calibration="minmax")
-    assert snr(small(new, x), real) > 40
+    assert snr(ran(small, new, x), real) > 40
 
 
 def limited(params, x):
@@ -83,7 +85,7 @@ def test_dead_channels_stay():
     same, new = jx.quantize.equalize(fn, params, [X])
     assert np.isfinite(new["b"]["kernel"]).all()
     np.testing.assert_array_equal(new["b"]["kernel"][1], params["b"]["kernel"][1])
-    np.testing.assert_allclose(same(new, X), fn(params, X), rtol=1e-5)
+    np.testing.assert_allclose(ran(same, new, X), ran(fn, params, X), rtol=1e-5)
 
 
 def test_through_poolings_and_reshapes():
@@ -96,7 +98,9 @@ def test_through_poolings_and_reshapes():
     params = CONV | {"g": normal(1, 36, 3)}
     same, new = jx.quantize.equalize(fn, params, [IMAGES])
     assert [row[:2] for row in same.report.pairs] == [("c/kernel", "d/kernel")]
-    np.testing.assert_allclose(same(new, IMAGES), fn(params, IMAGES), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        ran(same, new, IMAGES), ran(fn, params, IMAGES), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_report():
