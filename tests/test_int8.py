@@ -23,7 +23,8 @@ SLOW = ("resnet20", "mobilenet")
 def snr(found, expected) -> float:
     """Decibels."""
     expected = np.asarray(expected, np.float64)
-    return 10 * np.log10((expected**2).sum() / ((np.asarray(found) - expected) ** 2).sum())
+    noise = ((np.asarray(found) - expected) ** 2).sum()
+    return 10 * np.log10((expected**2).sum() / noise) if noise else np.inf
 
 
 def ran(fn, *args):
@@ -224,8 +225,14 @@ def test_dynamic_ranges_are_of_each_row():
     rows = [ran(small, new, X[i : i + 1]) for i in range(3)]
     np.testing.assert_allclose(ran(small, new, X), jnp.concatenate(rows), rtol=1e-6)
     small, new = quantized(averaged, CONV, IMAGES, activations="dynamic")
-    scaled = IMAGES * jnp.array([1.0, 1000.0]).reshape(2, 1, 1, 1)
+    scaled = IMAGES * jnp.array([1.0, 1000]).reshape(2, 1, 1, 1)
     np.testing.assert_allclose(ran(small, new, scaled)[0], ran(small, new, IMAGES)[0], rtol=1e-6)
+    both = lambda params, x: jnp.einsum("bij,bkj->bik", x @ params["a"]["kernel"], x[..., :5])
+    x = normal(0, 2, 3, 6)
+    small, new = quantized(both, DENSE, x, activations="dynamic")
+    scaled = x * jnp.array([1.0, 1000]).reshape(2, 1, 1)
+    np.testing.assert_allclose(ran(small, new, scaled)[0], ran(small, new, x)[0], rtol=1e-6)
+    assert snr(ran(small, new, x), ran(both, DENSE, x)) > 30
 
 
 def test_weights_alone():

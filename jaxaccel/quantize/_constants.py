@@ -16,7 +16,7 @@ from jaxaccel.quantize._program import Joined, Mean, Program, Sum, end_of, opera
 from jaxaccel.quantize._qtensor import QTensor, quantized
 
 _MOST_BITS = 24  # of a shift: what more would lose is below half a step anyway
-_LARGEST_BIAS = 2.0**29
+_MOST_BIAS_BITS = 29
 _UNIT = -20  # the exponent of the bias' own unit, relative to it, where a channel has no weights
 
 
@@ -50,47 +50,63 @@ def exponents(x: Float[Array, "..."], axes: Sequence[int]) -> Int[np.ndarray, ".
     return np.where(errors[1] < errors[0], high - 1, high)
 
 
+def kernel(x: Float[Array, "..."], axes: Sequence[int], power: bool) -> QTensor:
+    """In 8 bits, with float scales or powers of two."""
+    if not power:
+        return quantized(x, tuple(axes))
+    return with_scale(x, jnp.asarray(2.0 ** exponents(x, axes), jnp.float32))
+
+
+def with_scale(x: Float[Array, "..."], scale: Float[Array, "..."]) -> QTensor:
+    """In 8 bits, with this scale."""
+    return QTensor(_rounded(x, scale), scale, jnp.asarray(x).dtype.name)
+
+
 def float_layer(
-    layer: Layer, x: Array, bias: np.ndarray | None, data: Grid, result: Grid | None
-) -> tuple[QTensor, Constants]:
-    """The kernel and the numbers of a layer; its bias as it was, `result` None: a real number."""
-    q = quantized(x, layer.kernel.axes)
+    layer: Layer, q: QTensor, bias: np.ndarray | None, data: Grid, result: Grid | None
+) -> Constants:
+    """The numbers of a layer: its bias as it was, `result` None where it gives a real number."""
     wide = np.asarray(q.scale, np.float64)
     unit = per_output(layer.contraction, layer.kernel, wide) * data.scale
     multiplier = unit if result is None else unit / result.scale
     whole = None if bias is None else jnp.asarray(bias / unit, jnp.float32)
-    return q, Constants(jnp.asarray(multiplier, jnp.float32), whole)
+    return Constants(jnp.asarray(multiplier, jnp.float32), whole)
 
 
 def shift_layer(
-    layer: Layer, x: Array, bias: np.ndarray | None, data: Grid, result: Grid | None
-) -> tuple[QTensor, Constants]:
-    """The kernel and the numbers of a layer whose scales are powers of two.
-
-    Its scale grows where the shift would be too long, or the bias or the sum too large.
-    """
-    c, axes = layer.contraction, layer.kernel.axes
-    own = 0.0 if bias is None else _to_leaf(layer.kernel, bias, x.ndim)
-    power = exponents(x, axes)
+    layer: Layer, q: QTensor, bias: np.ndarray | None, data: Grid, result: Grid | None
+) -> Constants:
+    """The same where all scales are powers of two, those of `q` as `fitting` leaves them."""
     reads = int(log2(data.scale))
-    empty = np.asarray(_largest(x, axes)) == 0
-    unit = np.ceil(np.log2(np.where(own == 0, 1, np.abs(own)))).astype(int) + _UNIT
-    power = np.where(empty, unit - reads, power)
-    if result is not None:
-        gives = int(log2(result.scale))
-        power = np.where(empty, np.minimum(power, gives - reads), power)
-        power = np.maximum(power, gives - reads - _MOST_BITS)
-    least = np.ceil(np.log2(np.where(own == 0, 1, np.abs(own)) / _LARGEST_BIAS)).astype(int)
-    power = np.where(own == 0, power, np.maximum(power, least - reads))
-    scale = jnp.asarray(2.0**power, jnp.float32)
-    q = QTensor(_rounded(x, scale), scale, jnp.asarray(x).dtype.name)
-    power = per_output(c, layer.kernel, power)
+    power = per_output(layer.contraction, layer.kernel, _exponents_of(q))
     unit = 2.0 ** (power + reads)
     steps = None if bias is None else jnp.asarray(np.round(bias / unit), jnp.int32)
     if result is None:
-        return q, Constants(jnp.asarray(unit, jnp.float32), steps)
+        return Constants(jnp.asarray(unit, jnp.float32), steps)
     bits = jnp.asarray(int(log2(result.scale)) - power - reads, jnp.int32)
-    return q, Constants(None, steps, bits)
+    return Constants(None, steps, bits)
+
+
+def _exponents_of(q: QTensor) -> Int[np.ndarray, "..."]:
+    return np.round(np.log2(np.asarray(q.scale, np.float64))).astype(int)
+
+
+def fitting(
+    layer: Layer, x: Array, q: QTensor, bias: np.ndarray | None, data: Grid, result: Grid | None
+) -> QTensor:
+    """The kernel with powers of two that grow where the shift would be too long, or the bias too
+    large; where a channel has no weights they are those of its bias.
+    """
+    own = np.zeros(()) if bias is None else _to_leaf(layer.kernel, np.abs(bias), x.ndim)
+    reads, old = int(log2(data.scale)), _exponents_of(q)
+    size = np.ceil(np.log2(np.where(own == 0, 1, own))).astype(int) - reads
+    empty = np.asarray(_largest(x, layer.kernel.axes)) == 0
+    power = np.where(empty, size + _UNIT, old)
+    if result is not None:
+        longest = int(log2(result.scale)) - reads
+        power = np.clip(power, longest - _MOST_BITS, np.where(empty, longest, power.max()))
+    power = np.where(own == 0, power, np.maximum(power, size - _MOST_BIAS_BITS))
+    return q if (power == old).all() else with_scale(x, jnp.asarray(2.0**power, jnp.float32))
 
 
 def _to_leaf(kernel: Kernel, x: np.ndarray, rank: int) -> np.ndarray:
@@ -102,12 +118,10 @@ def _to_leaf(kernel: Kernel, x: np.ndarray, rank: int) -> np.ndarray:
     return x.reshape([sizes.get(axis, 1) for axis in range(rank)])
 
 
-def coarsened(
-    program: Program, grids: Sequence[Grid], powers: dict[Layer, np.ndarray]
-) -> list[Grid]:
+def coarsened(program: Program, grids: Sequence[Grid], tops: dict[Layer, float]) -> list[Grid]:
     """The grids, none of them so fine that a rescaling to it would not fit its integers.
 
-    `powers` has the exponents of each kernel where scales are powers of two: no shift may be to
+    `tops` has the largest scale of each kernel where these are powers of two: no shift may be to
     the left.
     """
     found = list(grids)
@@ -126,8 +140,8 @@ def coarsened(
                 widen(end, coarse_enough(0.0, reads))
             elif isinstance(step, Mean):
                 widen(end, coarse_enough(0.0, [reads[0] * step.factor]))
-            elif isinstance(step, Layer) and step in powers:
-                widen(end, reads[0] * 2.0 ** float(powers[step].max()))
+            elif isinstance(step, Layer) and step in tops:
+                widen(end, reads[0] * tops[step])
         if found == before:
             break
     return found

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int8
 
 from jaxaccel._graph import Atom, Node, Value, loop, run
 from jaxaccel._rewritten import rerun
-from jaxaccel.fold._contractions import Contraction
+from jaxaccel.fold._contractions import Contraction, spread
 from jaxaccel.fold._view import Keys
 from jaxaccel.quantize._arithmetic import (
     Clip,
@@ -178,22 +178,23 @@ class _Run:
     def _weight_only(self, step: Layer, kernel: QTensor) -> None:
         """The scale of the kernel multiplies the result."""
         c = step.contraction
-        values = _moved(step.kernel, kernel.values).astype(c.kernel.aval.dtype)
-        (out,) = c.node.run(_both(c, self.real(c.data), values))
+        values = moved_leaf(step.kernel, kernel.values).astype(c.kernel.aval.dtype)
+        (out,) = c.node.run(both(c, self.real(c.data), values))
         scales = per_channel(per_output(c, step.kernel, kernel.scale), c.labels)
         self._keep(step, (), out.astype(jnp.float32) * scales)
 
     def _dynamic(self, step: Layer, kernel: QTensor) -> None:
-        c, values = step.contraction, _moved(step.kernel, kernel.values)
-        q, scale = _by_row(c, self.real(c.data))
-        acc = _accumulate(c.node, _both(c, q, values))
+        c, values = step.contraction, moved_leaf(step.kernel, kernel.values)
+        place = 0 if c.node.inputs[0] is c.data else 1
+        q, scale = _by_row(c.node, place, self.real(c.data))
+        acc = _accumulate(c.node, both(c, q, values))
         scales = per_channel(per_output(c, step.kernel, kernel.scale), c.labels)
         self._keep(step, (q, values), acc.astype(jnp.float32) * (scale * scales), acc)
 
     def _static(self, step: Layer, kernel: QTensor) -> None:
         c, grid = step.contraction, self.grid(step.contraction.data)
-        q, values = self.integers(c.data), _moved(step.kernel, kernel.values)
-        acc = _accumulate(c.node, _both(c, q, values))
+        q, values = self.integers(c.data), moved_leaf(step.kernel, kernel.values)
+        acc = _accumulate(c.node, both(c, q, values))
         if grid.zero_point:
             acc = acc - correction(c, values, grid.zero_point)
         constants = self.setting.constants.get(self.program.view.leaves[step.kernel.leaf])
@@ -222,14 +223,12 @@ class _Run:
     def _product(self, step: Product) -> None:
         node = step.node
         if self.setting.activations == "dynamic":
-            first, second = (_one_scale(self.real(x)) for x in step.operands)
+            found = [_by_row(node, i, self.real(x)) for i, x in enumerate(step.operands)]
         else:
-            first, second = (
-                (self.integers(x), np.float32(self.grid(x).scale)) for x in step.operands
-            )
-        acc = _accumulate(node, [first[0], second[0]])
-        out = acc.astype(jnp.float32) * (first[1] * second[1])
-        self._keep(step, (first[0], second[0]), out, acc)
+            found = [(self.integers(x), np.float32(self.grid(x).scale)) for x in step.operands]
+        (a, of_a), (b, of_b) = found
+        acc = _accumulate(node, [a, b])
+        self._keep(step, (a, b), acc.astype(jnp.float32) * (of_a * of_b), acc)
 
     def _sum(self, step: Sum) -> None:
         to = self.grid(step.tail.end)
@@ -305,7 +304,7 @@ def _is_read_alone(node: Node, place: int) -> bool:
     return tested <= place < consts + body_consts or place >= consts + body_consts + carry
 
 
-def _both(c: Contraction, data: Array, kernel: Array) -> list[Array]:
+def both(c: Contraction, data: Array, kernel: Array) -> list[Array]:
     """The operands in the order of the node."""
     return [data, kernel] if c.node.inputs[0] is c.data else [kernel, data]
 
@@ -315,7 +314,7 @@ def _accumulate(node: Node, operands: list[Array]) -> Array:
     return acc
 
 
-def _moved(kernel: Kernel, values: Array) -> Array:
+def moved_leaf(kernel: Kernel, values: Array) -> Array:
     """The values of a leaf as the contraction reads them."""
     for node in kernel.path:
         if node.name != "convert_element_type":
@@ -339,28 +338,30 @@ def _rescaled(
     return rescaled(terms, factors, to.zero_point, limits)
 
 
-def _by_row(c: Contraction, x: Array) -> tuple[Int8[Array, "..."], Array]:
-    """Data in 8 bits, with a scale for each row of the result (or image of a batch)."""
-    if c.node.name == "dot_general":
-        bound = c.node.params["dimension_numbers"][0][0 if c.node.inputs[0] is c.data else 1]
-        batch = c.node.params["dimension_numbers"][1][0 if c.node.inputs[0] is c.data else 1]
-        free = [i for i in range(x.ndim) if i not in (*bound, *batch)]
-        q, scale = _one_scale(x, tuple(bound))
-        own = [i for i, label in enumerate(c.labels) if label is None]
-        kept = scale.transpose(*batch, *free, *bound).reshape([x.shape[i] for i in (*batch, *free)])
-        places = (*range(len(batch)), *own)
-        return q, kept.reshape([dict(zip(places, kept.shape, strict=True)).get(i, 1)
-                                for i in range(len(c.labels))])  # fmt: skip
-    numbers = c.node.params["dimension_numbers"]
-    q, scale = _one_scale(x, tuple(i for i in range(x.ndim) if i != numbers.lhs_spec[0]))
-    sizes = [1] * x.ndim
-    sizes[numbers.out_spec[0]] = x.shape[numbers.lhs_spec[0]]
-    return q, scale.reshape(sizes)
+def _by_row(node: Node, place: int, x: Array) -> tuple[Int8[Array, "..."], Array]:
+    """An operand in 8 bits, with a scale for each row of the result (each image of a batch)."""
+    if node.name == "dot_general":
+        return _dot_rows(node, place, x)
+    numbers = node.params["dimension_numbers"]
+    batch = numbers.lhs_spec[0]
+    q, scale = _one_scale(x, tuple(i for i in range(x.ndim) if i != batch))
+    return q, spread(scale.reshape(-1), (numbers.out_spec[0],), x.ndim)
 
 
-def _one_scale(x: Array, axes: tuple[int, ...] | None = None) -> tuple[Int8[Array, "..."], Array]:
-    """Symmetric integers, and a scale for what is left of x without `axes` (all of it)."""
+def _dot_rows(node: Node, place: int, x: Array) -> tuple[Int8[Array, "..."], Array]:
+    summed, batches = node.params["dimension_numbers"]
+    bound, batch = summed[place], batches[place]
+    free = [i for i in range(x.ndim) if i not in (*bound, *batch)]
+    q, scale = _one_scale(x, tuple(bound))
+    rank = len(node.outputs[0].shape)
+    first = len(batch) if place == 0 else rank - len(free)
+    kept = scale.transpose(*batch, *free, *bound).reshape([x.shape[i] for i in (*batch, *free)])
+    return q, spread(kept, (*range(len(batch)), *range(first, first + len(free))), rank)
+
+
+def _one_scale(x: Array, axes: tuple[int, ...]) -> tuple[Int8[Array, "..."], Array]:
+    """Symmetric integers, and a scale for each index of what is left of x without `axes`."""
     wide = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=axes is not None, initial=0)
+    largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True, initial=0)
     scale = jnp.where(largest > 0, largest / 127, 1)
     return jnp.clip(jnp.round(wide / scale), -127, 127).astype(jnp.int8), scale

@@ -17,7 +17,7 @@ from jaxaccel.quantize._arithmetic import Grid
 from jaxaccel.quantize._execute import Constants, Segment, Setting, execute
 from jaxaccel.quantize._layers import Layer
 from jaxaccel.quantize._plan import Choice, Plan, plan
-from jaxaccel.quantize._program import end_of
+from jaxaccel.quantize._program import Program, end_of
 from jaxaccel.quantize._qtensor import is_qtensor
 from jaxaccel.quantize._report import report
 
@@ -37,6 +37,17 @@ class Traced:
         traced = trace(self.fn, jax.tree.unflatten(self.tree, avals), *args)
         inputs = traced.graph.inputs[: traced.num_params]
         return plan(traced.graph, dict(zip(inputs, self.avals, strict=True)), self.choice), traced
+
+    def checked(self, given: PyTree, args: Sequence[Any]) -> Plan:
+        """The plan, if something in it runs on integers.
+
+        Raises:
+            ValueError: nothing does.
+        """
+        made, _ = self.plan(given, args)
+        if not any(one.steps for one in made.program.all):
+            raise ValueError(_nothing(made.program))
+        return made
 
     def _aval(self, keys: Keys, leaf: Any) -> Any:
         original = self.avals[keys]
@@ -166,3 +177,9 @@ def folded(fn: Callable, params: PyTree, args: Sequence[Any]) -> tuple[Callable,
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "jx.fold.batchnorm: nothing to fold")
         return batchnorm(fn, params, *args)
+
+
+def _nothing(program: Program) -> str:
+    text = "jx.quantize.int8: fn has no convolution or dot product to quantize"
+    left = [one for part in program.all for one in part.left]
+    return text + "".join(f"; {one.where}: {one.reason} ({one.source})" for one in left[:3])

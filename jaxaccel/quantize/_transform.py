@@ -1,23 +1,25 @@
 """`jx.quantize.int8`: the transform."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 from jaxtyping import PyTree
 
 from jaxaccel._select import Where, select
 from jaxaccel.fold._transform import keyed, nested
-from jaxaccel.fold._view import Keys
-from jaxaccel.quantize import _biases, _calibrate, _constants
+from jaxaccel.fold._view import Keys, beside
+from jaxaccel.quantize import _biases, _calibrate, _constants, _rounding
 from jaxaccel.quantize._arithmetic import Grid
 from jaxaccel.quantize._execute import Constants
 from jaxaccel.quantize._plan import Activations, Choice
-from jaxaccel.quantize._program import Program
-from jaxaccel.quantize._qtensor import quantized
+from jaxaccel.quantize._qtensor import QTensor
 from jaxaccel.quantize._ranges import Calibration
 from jaxaccel.quantize._traced import ConstantKeys, Quantized, Traced, check_params, folded
 
 Scales: TypeAlias = Literal["float", "power_of_two"]
+Rounding: TypeAlias = Literal["nearest", "adaround"]
 
 
 def int8(
@@ -28,8 +30,10 @@ def int8(
     activations: Activations = "static",
     calibration: str | Calibration = "mse",
     scales: Scales = "float",
+    rounding: Rounding = "nearest",
+    bias_correction: bool = False,
     where: Where | None = None,
-) -> "tuple[Quantized, PyTree]":
+) -> tuple[Quantized, PyTree]:
     """The same function with its convolutions and dot products on 8-bit integers.
 
     Chains of batch norm are folded first. Each kernel gets a scale for every output channel,
@@ -51,6 +55,11 @@ def int8(
             `Histogram` that returns the ends of the range.
         scales: "float"; "power_of_two": every rescaling is a shift that rounds halves up, the
             arithmetic of hardware.
+        rounding: "nearest"; "adaround": each number of a kernel is rounded up or down so that the
+            layer's result on the first batch moves least, by some hundred steps of gradient
+            descent for each layer. Static activations only, as the next.
+        bias_correction: whether the average by which rounded kernels move each channel of a
+            layer's result, over `batches`, is taken from its bias.
         where: which kernels: a glob over paths, a predicate ``(path, leaf) -> bool``, or a mapping
             from globs to True or False; all by default.
 
@@ -83,27 +92,38 @@ def int8(
 
     Source: Jacob et al. 2018 (https://arxiv.org/abs/1712.05877).
     """
-    _check_option("activations", activations, ("static", "dynamic", "float"))
-    _check_option("scales", scales, ("float", "power_of_two"))
+    check_option("activations", activations, ("static", "dynamic", "float"))
+    check_option("scales", scales, ("float", "power_of_two"))
+    check_option("rounding", rounding, ("nearest", "adaround"))
+    if activations != "static" and (rounding != "nearest" or bias_correction):
+        raise ValueError(
+            f"activations={activations!r}: rounding='adaround' and bias_correction are for layers "
+            "whose accumulators stay integers; pass activations='static'"
+        )
     method = _calibrate.method(calibration)
     check_params(fn, params)
     first = _calibrate.first(batches)
     fn, params = folded(fn, params, first)
-    traced = Traced(fn, params, Choice(activations, _taker(params, where)))
-    made, _ = traced.plan(params, first)
-    if not any(one.steps for one in made.program.all):
-        raise ValueError(_nothing(made.program))
+    traced = Traced(fn, params, Choice(activations, taker(params, where)))
+    made = traced.checked(params, first)
     power = scales == "power_of_two"
     grids = _calibrate.grids(traced, params, batches, method, power) if made.grids else []
-    return _quantized(traced, params, first, grids, power)
+    kernels, moved = None, {}
+    if rounding == "adaround" or bias_correction:
+        kernels = _rounding.kernels(traced, params, batches, made.axes, power, rounding)
+    if kernels and bias_correction:
+        moved = _rounding.shifts(traced, params, batches, kernels)
+    return assembled(traced, params, first, grids, power, kernels, moved)
 
 
-def _check_option(name: str, value: str, known: Sequence[str]) -> None:
+def check_option(name: str, value: str, known: Sequence[str]) -> None:
+    """Raises a ValueError that names the option."""
     if value not in known:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}")
 
 
-def _taker(params: PyTree, where: Where | None) -> Callable[[Keys], bool]:
+def taker(params: PyTree, where: Where | None) -> Callable[[Keys], bool]:
+    """Whether the kernel at a path is to be quantized."""
     if where is None:
         return lambda keys: True
     leaves = {"/".join(keys): leaf for keys, leaf in keyed(params).items()}
@@ -111,34 +131,45 @@ def _taker(params: PyTree, where: Where | None) -> Callable[[Keys], bool]:
     return lambda keys: "/".join(keys) in chosen
 
 
-def _nothing(program: Program) -> str:
-    text = "jx.quantize.int8: fn has no convolution or dot product to quantize"
-    left = [one for part in program.all for one in part.left]
-    return text + "".join(f"; {one.where}: {one.reason} ({one.source})" for one in left[:3])
+def assembled(
+    traced: Traced,
+    params: PyTree,
+    args: Sequence[Any],
+    grids: Sequence[Grid],
+    power: bool,
+    given: Mapping[Keys, QTensor] | None = None,
+    moved: Mapping[Keys, np.ndarray] = MappingProxyType({}),
+) -> tuple[Quantized, PyTree]:
+    """The function and the parameters, leaf by leaf.
 
-
-def _quantized(
-    traced: Traced, params: PyTree, args: Sequence[Any], grids: Sequence[Grid], power: bool
-) -> "tuple[Quantized, PyTree]":
-    """The function and the parameters, leaf by leaf."""
+    The kernels are `given`, or rounded here; what is `moved` in a layer's result is taken from its
+    bias.
+    """
     made, _ = traced.plan(params, args)
     leaves, program = keyed(params), made.program
     fixed = {program.view.leaves[s.kernel.leaf]: s for s in program.layers if s.fixed}
     biases = _biases.biases(program, list(fixed.values()), leaves)
-    powers = {s: _constants.exponents(leaves[k], s.kernel.axes) for k, s in fixed.items() if power}
-    grids = _constants.coarsened(program, grids, powers)
+    round_ = lambda keys: _constants.kernel(leaves[keys], made.axes[keys], power)
+    kernel = round_ if given is None else given.__getitem__
+    tops = {step: float(kernel(keys).scale.max()) for keys, step in fixed.items() if power}
+    grids = _constants.coarsened(program, grids, tops)
     new = {keys: x for keys, x in leaves.items() if keys not in biases.gone}
     names: dict[Keys, ConstantKeys] = {}
-    for keys, axes in made.axes.items():
-        step = fixed.get(keys)
+    for keys in made.axes:
+        new[keys], step = kernel(keys), fixed.get(keys)
         if step is None:
-            new[keys] = quantized(leaves[keys], axes)
             continue
-        data = grids[program.integers[step.contraction.data]]
         end = program.integers.get(step.tail.end)
+        data = grids[program.integers[step.contraction.data]]
         bias, at = biases.of.get(step), biases.keys.get(step)
-        make = _constants.shift_layer if power else _constants.float_layer
-        new[keys], found = make(step, leaves[keys], bias, data, None if end is None else grids[end])
+        if keys in moved:
+            bias, at = (0 if bias is None else bias) - moved[keys], at or beside(keys, "bias")
+        ends = bias, data, None if end is None else grids[end]
+        if power:
+            new[keys] = _constants.fitting(step, leaves[keys], new[keys], *ends)
+            found = _constants.shift_layer(step, new[keys], *ends)
+        else:
+            found = _constants.float_layer(step, new[keys], *ends)
         names[keys] = _named(keys, at, found)
         _store(new, names[keys], found)
     return Quantized(traced, made, new, grids, names), nested(new)
