@@ -2,23 +2,20 @@
 
 import functools
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.core
-from rich.console import Console
-from rich.progress import Progress
 
 from jaxaccel import _graph
 from jaxaccel._choices import Choices, digest
 from jaxaccel._forms import XLA, Op, candidates, rule
 from jaxaccel._forms_report import Report, Row, Whole
 from jaxaccel._graph import Graph, Node, Value
+from jaxaccel._progress import bar
 from jaxaccel._rewritten import flat_graph
 from jaxaccel._timing import Timed, synthetic, timed
 from jaxaccel._tuned import formed, has_forms, op_of, tuned
@@ -116,7 +113,7 @@ class Autotuned:
             return own
         nodes = list(_tunable(graph))
         ops = {op.key: op for op in map(op_of, nodes)}.values()
-        with _bar(self._progress, len(ops) + 1) as tick:
+        with bar(self._progress, "autotune", len(ops) + 1) as tick:
             for op in ops:
                 self._tuner.form(op)
                 tick()
@@ -314,23 +311,3 @@ def _described(graph: Graph) -> list[Any]:
         ]
         for node in graph.nodes
     ]
-
-
-@contextmanager
-def _bar(show: bool, total: int) -> Iterator[Callable[[], None]]:
-    """A function to call after each step; the bar appears once it has taken a second."""
-    bar = Progress(console=Console(stderr=True), auto_refresh=False, transient=True)
-    task, start = bar.add_task("autotune", total=total), time.monotonic()
-    visible = show and bar.console.is_terminal
-
-    def tick() -> None:
-        bar.advance(task)
-        if visible and time.monotonic() - start > 1:
-            bar.start()
-            bar.refresh()
-
-    try:
-        yield tick
-    finally:
-        if visible and bar.live.is_started:
-            bar.stop()

@@ -15,7 +15,17 @@ TOOLS = {"nn", "augment", "data", "train", "measure", "_forms", "_tuned"}
 TRANSFORMS = {"fold", "prune", "quantize", "distill"}
 # Each may import those before it.
 LAYERS = [
-    *("_apart", "_graph", "_rewritten", "_dataflow", "_disjoint", "_axes", "_rules", "_labels"),
+    *(
+        "_apart",
+        "_progress",
+        "_graph",
+        "_rewritten",
+        "_dataflow",
+        "_disjoint",
+        "_axes",
+        "_rules",
+        "_labels",
+    ),
     "_shrink",
     *("_table", "_forms", "_tuned", "_timing", "_choices", "_forms_report", "_autotune"),
     *("_groups", "_check_rule", "fold", "_select", "_functional", "measure", "quantize", "prune"),

@@ -94,6 +94,17 @@ def execute(program: Program, arguments: Sequence[Any], setting: Setting) -> lis
     return _Run(program, setting).outputs(arguments)
 
 
+def result_of(
+    program: Program, layer: Layer, setting: Setting, data: Array, kernel: QTensor
+) -> Array:
+    """What leaves one layer; its data are in 8 bits or real."""
+    run = _Run(program, setting)
+    run.real_[layer.kernel.leaf] = kernel
+    (run.integers_ if data.dtype == jnp.int8 else run.real_)[layer.contraction.data] = data
+    run._layer(layer)
+    return (run.integers_ if run._stays(layer) else run.real_)[layer.tail.end]
+
+
 class _Run:
     """The values of one graph: real ones, and those in 8 bits."""
 

@@ -16,12 +16,13 @@ from jaxaccel.fold._transform import keyed
 from jaxaccel.fold._view import Keys
 from jaxaccel.quantize import _calibrate, _constants
 from jaxaccel.quantize._arithmetic import HIGHEST, LOWEST, Grid
+from jaxaccel.quantize._assemble import assembled
 from jaxaccel.quantize._layers import Bounds
 from jaxaccel.quantize._plan import Choice
 from jaxaccel.quantize._program import Program, Step, end_of, operands_of, stays_integer
 from jaxaccel.quantize._ranges import Calibration
 from jaxaccel.quantize._traced import Quantized, Traced, check_params, folded
-from jaxaccel.quantize._transform import Scales, assembled, check_option, taker
+from jaxaccel.quantize._transform import Scales, check_option, taker
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
 

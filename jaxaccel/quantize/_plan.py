@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from math import inf, prod
+from types import MappingProxyType
 from typing import Literal, NamedTuple, TypeAlias
 
 from jaxaccel._dataflow import flatten
@@ -45,10 +46,16 @@ _SAME = {
 
 
 class Choice(NamedTuple):
-    """What is asked for; `takes` tells whether the kernel of a path is to be quantized."""
+    """What is asked for.
+
+    Attributes:
+        takes: whether the kernel of a path is to be quantized.
+        left: kernels that are not, with the reason.
+    """
 
     activations: Activations
     takes: Callable[[Keys], bool]
+    left: Mapping[Keys, str] = MappingProxyType({})
 
 
 @dataclass(eq=False)
@@ -114,6 +121,8 @@ class _Builder:
         path = "/".join(leaf.keys)
         if not self.choice.takes(leaf.keys):
             return Left(path, node.source, "left out by where=")
+        if leaf.keys in self.choice.left:
+            return Left(path, node.source, self.choice.left[leaf.keys])
         axes = (*range(leaf.scanned), *(axis + leaf.scanned for axis in step.kernel.axes))
         if self.axes.setdefault(leaf.keys, axes) != axes:
             return Left(path, node.source, "its kernel is scaled along other axes elsewhere")

@@ -1,6 +1,7 @@
 """What runs on integers, and what does not and why."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jaxaccel._table import table
@@ -27,16 +28,26 @@ class Row(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `int8` did; printed, a table with a row for each convolution and dot product."""
+    """What `int8` did; printed, a table with a row for each convolution and dot product.
+
+    Attributes:
+        rows: what runs on integers.
+        left: what stays in floating point.
+        seconds: of the whole call, where ``mode="fastest"`` timed it.
+    """
 
     rows: tuple[Row, ...]
     left: tuple[Left, ...]
+    seconds: Mapping[str, float] = MappingProxyType({})
 
     def __str__(self) -> str:
         """A table, and the numbers below it."""
         rows = [("int8", r.where, _grid(r.data), _grid(r.result)) for r in self.rows]
-        rows += [("float", one.where, f"{one.reason} ({one.source})", "") for one in self.left]
+        rows += [("float", one.where, _because(one), "") for one in self.left]
         counts = f"{len(self.rows)} on integers, {len(self.left)} left in floating point"
+        if self.seconds:
+            times = (f"{1e3 * s:.3g} ms {name}" for name, s in self.seconds.items())
+            counts += f"; a call takes {', '.join(times)}"
         return f"{table(('', 'where', 'reads', 'gives'), rows)}\n{counts}" if rows else counts
 
 
@@ -55,6 +66,10 @@ def report(made: Plan, grids: Sequence[Grid]) -> Report:
                 data = of.get(step.operands[0])
                 rows.append(Row(step.node.name, step.node.source, data, None))
     return Report(tuple(rows), tuple(left))
+
+
+def _because(one: Left) -> str:
+    return f"{one.reason} ({one.source})" if one.source else one.reason
 
 
 def _grid(one: Grid | None) -> str:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +49,12 @@ class Traced:
         if not any(one.steps for one in made.program.all):
             raise ValueError(_nothing(made.program))
         return made
+
+    def leaving(self, reasons: Mapping[Keys, str]) -> "Traced":
+        """The same with more kernels left in floating point, for these reasons."""
+        other = copy(self)
+        other.choice = self.choice._replace(left={**self.choice.left, **reasons})
+        return other
 
     def _aval(self, keys: Keys, leaf: Any) -> Any:
         original = self.avals[keys]
@@ -105,6 +112,18 @@ class Quantized:
             s._replace(**dict(zip(names, x, strict=True))) for s, x in zip(found, ran, strict=True)
         ]
 
+    def names(self, kernel: Keys) -> ConstantKeys:
+        """Where the constants of a layer are stored."""
+        return self._names.get(kernel, ConstantKeys(None, None, None))
+
+    def setting(self, given: Mapping[Keys, Any], segments: list[Segment] | None = None) -> Setting:
+        """What to run with; the constants are those of the kernels that are given."""
+        at = lambda keys: None if keys is None else given[keys]
+        constants = {
+            k: Constants(*map(at, names)) for k, names in self._names.items() if k in given
+        }
+        return Setting(self._traced.choice.activations, self._grids, constants, segments)
+
     def _run(self, params: PyTree, args: Sequence[Any], segments: list[Segment] | None) -> Any:
         given = keyed(params, is_qtensor)
         self._check(given)
@@ -114,9 +133,7 @@ class Quantized:
                 f"{self!r}: for these arguments fn has other steps than for the batches of its "
                 "calibration: they depend on shapes; quantize with batches of these shapes"
             )
-        at = lambda keys: None if keys is None else given[keys]
-        constants = {k: Constants(*map(at, names)) for k, names in self._names.items()}
-        setting = Setting(self._traced.choice.activations, self._grids, constants, segments)
+        setting = self.setting(given, segments)
         leaves = [given.get(keys) for keys in self._traced.avals]
         results = execute(made.program, [*leaves, *jax.tree.leaves(args)], setting)
         return jax.tree.unflatten(traced.out_tree, [jnp.asarray(x) for x in results])

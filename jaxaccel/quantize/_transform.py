@@ -1,25 +1,23 @@
 """`jx.quantize.int8`: the transform."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
 from jaxtyping import PyTree
 
+from jaxaccel._progress import Tracked
 from jaxaccel._select import Where, select
-from jaxaccel.fold._transform import keyed, nested
-from jaxaccel.fold._view import Keys, beside
-from jaxaccel.quantize import _biases, _calibrate, _constants, _rounding
-from jaxaccel.quantize._arithmetic import Grid
-from jaxaccel.quantize._execute import Constants
+from jaxaccel.fold._transform import keyed
+from jaxaccel.fold._view import Keys
+from jaxaccel.quantize import _calibrate, _fastest, _rounding
+from jaxaccel.quantize._assemble import assembled
 from jaxaccel.quantize._plan import Activations, Choice
-from jaxaccel.quantize._qtensor import QTensor
 from jaxaccel.quantize._ranges import Calibration
-from jaxaccel.quantize._traced import ConstantKeys, Quantized, Traced, check_params, folded
+from jaxaccel.quantize._traced import Quantized, Traced, check_params, folded
 
 Scales: TypeAlias = Literal["float", "power_of_two"]
 Rounding: TypeAlias = Literal["nearest", "adaround"]
+Mode: TypeAlias = Literal["all", "fastest"]
 
 
 def int8(
@@ -33,6 +31,8 @@ def int8(
     rounding: Rounding = "nearest",
     bias_correction: bool = False,
     where: Where | None = None,
+    mode: Mode = "all",
+    progress: bool = True,
 ) -> tuple[Quantized, PyTree]:
     """The same function with its convolutions and dot products on 8-bit integers.
 
@@ -62,6 +62,11 @@ def int8(
             layer's result, over `batches`, is taken from its bias.
         where: which kernels: a glob over paths, a predicate ``(path, leaf) -> bool``, or a mapping
             from globs to True or False; all by default.
+        mode: "all"; "fastest": each layer is timed on this device, for the shapes of the first
+            batch, on integers and in floating point, each in its fastest form (`jx.autotune`). The
+            slower ones stay as they were, with their times in the report; the whole call is timed
+            too, and stays as it was where that is faster. Layers in loops are not timed alone.
+        progress: draw bars while it takes longer than a moment.
 
     Returns:
         A function with a `report`, and its parameters: nested dicts under the original paths. A
@@ -95,6 +100,7 @@ def int8(
     check_option("activations", activations, ("static", "dynamic", "float"))
     check_option("scales", scales, ("float", "power_of_two"))
     check_option("rounding", rounding, ("nearest", "adaround"))
+    check_option("mode", mode, ("all", "fastest"))
     if activations != "static" and (rounding != "nearest" or bias_correction):
         raise ValueError(
             f"activations={activations!r}: rounding='adaround' and bias_correction are for layers "
@@ -106,14 +112,20 @@ def int8(
     fn, params = folded(fn, params, first)
     traced = Traced(fn, params, Choice(activations, taker(params, where)))
     made = traced.checked(params, first)
-    power = scales == "power_of_two"
+    power, seconds = scales == "power_of_two", {}
+    if mode == "fastest":
+        traced, seconds = _fastest.fastest(traced, params, first, power, progress)
+        made = traced.plan(params, first)[0]
+    batches = Tracked(batches, "int8: calibration", progress)
     grids = _calibrate.grids(traced, params, batches, method, power) if made.grids else []
     kernels, moved = None, {}
     if rounding == "adaround" or bias_correction:
         kernels = _rounding.kernels(traced, params, batches, made.axes, power, rounding)
     if kernels and bias_correction:
         moved = _rounding.shifts(traced, params, batches, kernels)
-    return assembled(traced, params, first, grids, power, kernels, moved)
+    quantized, new = assembled(traced, params, first, grids, power, kernels, moved)
+    quantized.report = quantized.report._replace(seconds=seconds)
+    return quantized, new
 
 
 def check_option(name: str, value: str, known: Sequence[str]) -> None:
@@ -129,68 +141,3 @@ def taker(params: PyTree, where: Where | None) -> Callable[[Keys], bool]:
     leaves = {"/".join(keys): leaf for keys, leaf in keyed(params).items()}
     chosen = set(select(leaves, where, lambda path, leaf: True))
     return lambda keys: "/".join(keys) in chosen
-
-
-def assembled(
-    traced: Traced,
-    params: PyTree,
-    args: Sequence[Any],
-    grids: Sequence[Grid],
-    power: bool,
-    given: Mapping[Keys, QTensor] | None = None,
-    moved: Mapping[Keys, np.ndarray] = MappingProxyType({}),
-) -> tuple[Quantized, PyTree]:
-    """The function and the parameters, leaf by leaf.
-
-    The kernels are `given`, or rounded here; what is `moved` in a layer's result is taken from its
-    bias.
-    """
-    made, _ = traced.plan(params, args)
-    leaves, program = keyed(params), made.program
-    fixed = {program.view.leaves[s.kernel.leaf]: s for s in program.layers if s.fixed}
-    biases = _biases.biases(program, list(fixed.values()), leaves)
-    round_ = lambda keys: _constants.kernel(leaves[keys], made.axes[keys], power)
-    kernel = round_ if given is None else given.__getitem__
-    tops = {step: float(kernel(keys).scale.max()) for keys, step in fixed.items() if power}
-    grids = _constants.coarsened(program, grids, tops)
-    new = {keys: x for keys, x in leaves.items() if keys not in biases.gone}
-    names: dict[Keys, ConstantKeys] = {}
-    for keys in made.axes:
-        new[keys], step = kernel(keys), fixed.get(keys)
-        if step is None:
-            continue
-        end = program.integers.get(step.tail.end)
-        data = grids[program.integers[step.contraction.data]]
-        bias, at = biases.of.get(step), biases.keys.get(step)
-        if keys in moved:
-            bias, at = (0 if bias is None else bias) - moved[keys], at or beside(keys, "bias")
-        ends = bias, data, None if end is None else grids[end]
-        if power:
-            new[keys] = _constants.fitting(step, leaves[keys], new[keys], *ends)
-            found = _constants.shift_layer(step, new[keys], *ends)
-        else:
-            found = _constants.float_layer(step, new[keys], *ends)
-        names[keys] = _named(keys, at, found)
-        _store(new, names[keys], found)
-    return Quantized(traced, made, new, grids, names), nested(new)
-
-
-def _named(kernel: Keys, bias: Keys | None, found: Constants) -> ConstantKeys:
-    suffix = lambda name: (*kernel[:-1], f"{kernel[-1]}_{name}")
-    shifted = found.shift is not None
-    return ConstantKeys(None if shifted else suffix("multiplier"), bias,
-                        suffix("shift") if shifted else None)  # fmt: skip
-
-
-def _store(new: dict[Keys, Any], names: ConstantKeys, found: Constants) -> None:
-    for keys, x in zip(names, found, strict=True):
-        if keys is None:
-            continue
-        for other in new:
-            if keys[: len(other)] == other[: len(keys)]:
-                raise ValueError(
-                    f"{'/'.join(keys)}: the quantized layer needs this path, but "
-                    f"{'/'.join(other) or 'the only array'} stands there; rename that leaf, or put "
-                    "each kernel in a dict of its own"
-                )
-        new[keys] = x
