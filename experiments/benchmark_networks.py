@@ -1,6 +1,6 @@
 """The cases of `experiments.benchmark`: networks, batches, targets, and the same in PyTorch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,6 +84,7 @@ class Problem(NamedTuple):
     params: PyTree
     images: Float[np.ndarray, "batch height width channel"]
     labels: Int[np.ndarray, " batch"]
+    calibration: Sequence[np.ndarray] = ()  # images; where there are none, some are drawn
 
 
 def problem(case: Case, seed: int) -> Problem:
@@ -116,7 +117,7 @@ def flax_norms(module: nnx.Module) -> nnx.Module:
 
 
 def torch_model(problem: Problem, torch: Any, models: Any) -> Any:
-    """The network in PyTorch with the same weights; `models` are torchvision's."""
+    """The network in PyTorch with the same weights, or fewer; `models` are torchvision's."""
     if problem.case.network == "convnet":
         return torch_networks.convnet(problem.params)
     made = {
@@ -128,10 +129,9 @@ def torch_model(problem: Problem, torch: Any, models: Any) -> Any:
     peers = [layer for layer in model.modules() if isinstance(layer, kinds)]
     for values, peer in zip(layer_values(problem), peers, strict=True):
         for name, given in values.items():
-            own = getattr(peer, name).data
-            if own.shape != given.shape:
-                raise ValueError(f"{name}: {given.shape} in JAX, {tuple(own.shape)} in PyTorch")
-            own.copy_(torch.tensor(given))
+            getattr(peer, name).data = torch.tensor(given)
+        if getattr(peer, "groups", 1) > 1:  # of a depthwise one, which may have lost channels
+            peer.groups = peer.in_channels = peer.out_channels = len(peer.weight)
     return model.eval()
 
 

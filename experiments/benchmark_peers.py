@@ -206,11 +206,9 @@ def _quantized(source: Path, path: Path, problem: Problem) -> Path:
     tools = import_module("onnxruntime.quantization")
     prepared = path.with_suffix(".prepared.onnx")
     import_module("onnxruntime.quantization.shape_inference").quant_pre_process(source, prepared)
-    random = np.random.default_rng(1)
-    shape = nchw(problem.images).shape
-    batches = iter(
-        [{"images": random.standard_normal(shape, np.float32)} for _ in range(CALIBRATION)]
-    )
+    random, shape = np.random.default_rng(1), problem.images.shape
+    drawn = [random.standard_normal(shape, np.float32) for _ in range(CALIBRATION)]
+    batches = iter([{"images": nchw(batch)} for batch in problem.calibration or drawn])
 
     class Reader(tools.CalibrationDataReader):
         def get_next(self) -> Any:
