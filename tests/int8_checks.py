@@ -43,10 +43,10 @@ def layer(segment, operands, result):
     if segment.constants is None:  # dynamic: what follows is real
         return
     for node in step.tail.moves:
-        (moved,) = (
-            node.run([acc.astype(np.int32)]) if node.name != "convert_element_type" else (acc,)
-        )
-        acc = np.asarray(moved)
+        if node.name == "reduce_window_max":
+            acc = reference.largest(acc, node.params)
+        elif node.name != "convert_element_type":
+            acc = np.asarray(node.run([acc.astype(np.int32)])[0])
     multiplier, bias, bits = (
         None if x is None else along(x, step.tail.labels) for x in segment.constants
     )

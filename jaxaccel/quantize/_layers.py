@@ -50,7 +50,8 @@ class Tail:
     """What follows a sum while it is in 32 bits.
 
     Attributes:
-        moves: nodes that only move it.
+        moves: nodes that only move it, or choose of it: max pooling, which may as well precede what
+            rises with the sum.
         shifts: additions of a bias.
         bounds: of the relus behind these.
         end: the value that leaves, and `labels` the output channel of each of its axes.
@@ -134,6 +135,8 @@ def tail(view: View, value: Value, labels: Labels, sums: bool = True) -> Tail:
             limits = Bounds(min(max(limits.low, low), high), min(max(limits.high, low), high))
         elif bias is not None:
             shifts.append(bias)
+        elif sums and _thins(node, labels):
+            found.append(node)
         elif sums and moves(node) and limits == Bounds():
             after = moved(node, labels)
             if set(labels) - {None} - set(after):
@@ -145,6 +148,24 @@ def tail(view: View, value: Value, labels: Labels, sums: bool = True) -> Tail:
         value = node.outputs[0]
         node = view.only_reader(value)
     return Tail(tuple(found), tuple(shifts), limits, value, labels)
+
+
+def _thins(node: Node, labels: Labels) -> bool:
+    """Whether it is a max pooling of windows that do not overlap: in 32 bits, but before the rest.
+
+    None of them lies in the padding alone, and each channel has its own.
+    """
+    if node.name != "reduce_window_max":
+        return False
+    p = node.params
+    windows = list(zip(p["window_dimensions"], p["window_strides"], p["padding"], strict=True))
+    own = all(
+        window == (1, 1, (0, 0))
+        for window, label in zip(windows, labels, strict=True)
+        if label is not None
+    )
+    apart = all(size <= step and max(edges) < size for size, step, edges in windows)
+    return own and apart and {*p["base_dilation"], *p["window_dilation"]} == {1}
 
 
 def _bias(view: View, node: Node, labels: Labels) -> Step | None:

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int8, PyTree, UInt8
 
 from jaxaccel.quantize._packed import Packing, pack, unpack
@@ -94,6 +95,17 @@ def _dequantized(q: QTensor) -> Float[Array, "..."]:
 def is_qtensor(node: Any) -> bool:
     """Whether a node of a tree is a `QTensor`, as an ``is_leaf`` of `jax.tree.map`."""
     return isinstance(node, QTensor)
+
+
+def all_finite(x: Any) -> bool:
+    """Whether no number is NaN or infinite in float32, while nothing as large as `x` is made."""
+    with jax.ensure_compile_time_eval(), np.errstate(over="ignore"):
+        return bool(_largest_is_finite(x))
+
+
+@jax.jit
+def _largest_is_finite(x):
+    return jnp.isfinite(jnp.max(jnp.abs(_widened(x)), initial=0))
 
 
 def dequantize(qparams: PyTree) -> PyTree:

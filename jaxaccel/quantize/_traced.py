@@ -19,7 +19,7 @@ from jaxaccel.quantize._execute import Constants, Segment, Setting, execute
 from jaxaccel.quantize._layers import Layer
 from jaxaccel.quantize._plan import Choice, Plan, plan
 from jaxaccel.quantize._program import Program, end_of
-from jaxaccel.quantize._qtensor import is_qtensor
+from jaxaccel.quantize._qtensor import all_finite, is_qtensor
 from jaxaccel.quantize._report import report
 
 
@@ -185,7 +185,7 @@ def check_params(fn: Callable, params: PyTree) -> None:
             )
         if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer):
             raise TypeError(f"{path}: has no numbers yet; quantize outside of jax.jit, on arrays")
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and not jnp.isfinite(leaf).all():
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and not all_finite(leaf):
             raise ValueError(f"{path}: holds NaN or infinity; restore an earlier checkpoint")
 
 

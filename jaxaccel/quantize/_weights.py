@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from jaxaccel._select import Where, flatten, is_kernel, rebuild, select
-from jaxaccel.quantize._qtensor import Calibration, Kind, QTensor, is_qtensor, quantized
+from jaxaccel.quantize._qtensor import Calibration, Kind, QTensor, all_finite, is_qtensor, quantized
 
 _GROUP = 32  # at 4 bits: the usual size, 4.5 bits a number
 
@@ -144,19 +144,9 @@ def _check_leaf(path: str, x: Any) -> None:
 
 
 def _quantized(path: str, x: Any, options: dict[str, Any]) -> QTensor:
-    if not isinstance(x, Tracer) and not _is_finite(x):
+    if not isinstance(x, Tracer) and not all_finite(x):
         raise ValueError(
             f"{path}: holds NaN or infinity in float32; train it again or restore a checkpoint"
         )
     # Waiting bounds the memory: the next leaf's temporaries come after this one's are freed.
     return jax.block_until_ready(quantized(x, **options))
-
-
-def _is_finite(x: Any) -> bool:
-    with jax.ensure_compile_time_eval(), np.errstate(over="ignore"):
-        return bool(_all_finite(x))
-
-
-@jax.jit
-def _all_finite(x):
-    return jnp.isfinite(x.astype(jnp.float32)).all()
