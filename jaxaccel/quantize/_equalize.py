@@ -86,9 +86,9 @@ def equalize(fn: Callable, params: PyTree, batches: Iterable[Any]) -> tuple[Equa
     One grid serves all channels of a tensor, so that a channel a thousand times smaller than
     another is lost. Where a layer is read by one other layer alone, with no more than relus,
     poolings and reshapes between, channel c of the first is divided by s[c] and that of the
-    second multiplied: ``s = r / sqrt(r * w)``-like, with r the range of the activation and w that
-    of the second kernel's input channel; where the second is depthwise, whose channels have
-    scales of their own, ``s = r``. Batch norm is folded first.
+    second multiplied: ``s = sqrt(r / w)``, with r the range of the activation and w that of the
+    second kernel's input channel, over the geometric mean of all channels; where the second is
+    depthwise, whose channels have scales of their own, ``s = r``. Batch norm is folded first.
 
     Args:
         fn: ``fn(params, *args)``; inference.
