@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -218,7 +220,9 @@ class _Run:
     def _left(self, tail: Tail, acc: Array, constants: Constants, stays: bool) -> Array:
         """An accumulator as it leaves."""
         for node in tail.moves:
-            if node.name != "convert_element_type":
+            if node.name == "reduce_window_max":
+                acc = _largest(acc, node.params)
+            elif node.name != "convert_element_type":
                 (acc,) = node.run([acc])
         along = lambda x: None if x is None else per_channel(x, tail.labels)
         multiplier, bias, bits = map(along, constants)
@@ -300,6 +304,19 @@ class _Run:
             return self.real(atom)
         scanned = node.name == "scan" and place >= sum(loop(node)[::2])
         return self.real(atom) if scanned and held.scale.shape[0] != held.values.shape[0] else held
+
+
+def _largest(acc: Array, params: Mapping[str, Any]) -> Array:
+    """Of each window, none of which overlap; XLA makes it one loop with what follows."""
+    window, steps = params["window_dimensions"], params["window_strides"]
+    edges = [(int(low), int(high), 0) for low, high in params["padding"]]
+    x = lax.pad(acc, jnp.int32(jnp.iinfo(jnp.int32).min), edges)
+    sizes = [(n - size) // step for n, size, step in zip(x.shape, window, steps, strict=True)]
+    found = []
+    for start in product(*map(range, window)):
+        stop = [at + n * step + 1 for at, n, step in zip(start, sizes, steps, strict=True)]
+        found.append(lax.slice(x, start, stop, steps))
+    return reduce(lax.max, found)
 
 
 def _limited(x: Array, bounds: Bounds) -> Array:
