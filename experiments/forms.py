@@ -2,11 +2,13 @@
 
     python -m experiments.forms
     python -m experiments.forms --survey
+    python -m experiments.forms --int8
 
 Each call and each of its gradients is timed as `jx.autotune` does it, in all forms that apply,
 which must equal XLA's own; "rule" is the form that is taken without timing. With --survey these
-are the shapes, at several batch sizes, that the rules for a CPU were drawn from. The second table
-holds rewritings of a dense convolution that `jx.autotune` does not try:
+are the shapes, at several batch sizes, that the rules for a CPU were drawn from; with --int8 calls
+of int8 summed in int32. The second table holds rewritings of a dense convolution that
+`jx.autotune` does not try:
 
     space to depth   a strided convolution as one that moves by one over the pixels between two
                      strides, as channels
@@ -31,7 +33,7 @@ from jaxaccel._autotune import times
 from jaxaccel._forms import XLA, Op, candidates, rule
 from jaxaccel._forms_report import operands, operation
 from jaxaccel._graph import graph_of
-from jaxaccel._tuned import has_forms, op_of
+from jaxaccel._tuned import formed, has_forms, op_of
 from jaxaccel.measure import table
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -48,6 +50,7 @@ class Call(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
     stride: int | None = None
     pad: int = 0
+    dtype: Any = np.float32
 
 
 def conv(
@@ -90,6 +93,18 @@ CALLS = (
 )
 
 
+def of_int8(call: Call) -> Call:
+    fn = partial(call.fn, preferred_element_type=np.int32)
+    return call._replace(fn=fn, stride=None, dtype=np.int8)
+
+
+INT8 = (
+    *(of_int8(call) for call in CALLS if len(call.shapes) == 2 and call is not CALLS[-1]),
+    of_int8(conv("ResNet-18, pruned", (16, 28, 28, 77), (3, 3, 77, 77), 1, 1)),
+    of_int8(Call("dense, one row", jnp.dot, ((1, 512), (512, 1000)))),
+)
+
+
 def survey() -> Iterator[Call]:
     """The shapes around those of the networks."""
     for b in (1, 4, 16):
@@ -111,14 +126,15 @@ def survey() -> Iterator[Call]:
 
 
 def ops_of(call: Call) -> list[Op]:
-    """The operation, and those of its gradients."""
+    """The operation, and those of its gradients, which int8 has none of."""
 
     def everything(*args: Any) -> Any:
         out, pullback = jax.vjp(call.fn, *args)
         return out, pullback(out)
 
-    avals = [jax.ShapeDtypeStruct(shape, np.float32) for shape in call.shapes]
-    return [op_of(node) for node in graph_of(everything, *avals)[0].nodes if has_forms(node)]
+    avals = [jax.ShapeDtypeStruct(shape, call.dtype) for shape in call.shapes]
+    fn = call.fn if call.dtype == np.int8 else everything
+    return [op_of(node) for node in graph_of(fn, *avals)[0].nodes if has_forms(node)]
 
 
 def space_to_depth(call: Call, x: Any, kernel: Any) -> Any:
@@ -157,7 +173,9 @@ def refused(call: Call) -> dict[str, Callable]:
 def measured(call: Call, op: Op, forward: bool) -> dict[str, Any]:
     """Seconds of each form, and of what is refused."""
     others = refused(call) if forward and call.stride else {}
-    seconds, dropped = times(op, others)
+    # Which autotune spares where it is slow.
+    own = {XLA: partial(formed, op.name, XLA, **op.params)}
+    seconds, dropped = times(op, own | others)
     if XLA not in seconds:
         raise SystemExit(f"{call.name}: XLA's own form failed: {dropped.get(XLA)}")
     return {
@@ -219,10 +237,12 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser("forms", __doc__, "forms")
     parser.add_argument("--survey", action="store_true", help="the shapes behind the rules")
+    parser.add_argument("--int8", action="store_true", help="int8 summed in int32")
     args = parser.parse_args(argv)
     common.use_device(args.device, parser)
     folder = common.make_folder(args.out, parser)
     calls, name = (survey(), "forms-survey") if args.survey else (CALLS, "forms")
+    calls, name = (INT8, "forms-int8") if args.int8 else (calls, name)
     jobs = [(call, op, i == 0) for call in calls for i, op in enumerate(ops_of(call))]
     jobs = [job for job in jobs if candidates(job[1])]
     rows = [measured(*job) for job in track(jobs, "forms", transient=True)]
