@@ -68,9 +68,14 @@ def conv(
 
 def pool(name: str, x: tuple, window: int, stride: int, pad: int, average: bool = False) -> Call:
     pads = ((0, 0), (pad, pad), (pad, pad), (0, 0))
-    start, reduce = (0.0, lax.add) if average else (-jnp.inf, lax.max)
     sides = (1, window, window, 1), (1, stride, stride, 1)
-    return Call(name, lambda x: lax.reduce_window(x, start, reduce, *sides, pads), (x,))
+
+    def fn(x: Any) -> Any:
+        lowest = np.iinfo(x.dtype).min if x.dtype == np.int8 else -np.inf
+        start, reduce = (0, lax.add) if average else (lowest, lax.max)
+        return lax.reduce_window(x, x.dtype.type(start), reduce, *sides, pads)
+
+    return Call(name, fn, (x,))
 
 
 CALLS = (
@@ -94,14 +99,27 @@ CALLS = (
 
 
 def of_int8(call: Call) -> Call:
-    fn = partial(call.fn, preferred_element_type=np.int32)
+    fn = call.fn if len(call.shapes) == 1 else partial(call.fn, preferred_element_type=np.int32)
     return call._replace(fn=fn, stride=None, dtype=np.int8)
 
 
-INT8 = (
-    *(of_int8(call) for call in CALLS if len(call.shapes) == 2 and call is not CALLS[-1]),
-    of_int8(conv("ResNet-18, pruned", (16, 28, 28, 77), (3, 3, 77, 77), 1, 1)),
-    of_int8(Call("dense, one row", jnp.dot, ((1, 512), (512, 1000)))),
+def of_one_image(call: Call) -> Call:
+    (_, *sizes), *others = call.shapes
+    return call._replace(name=f"{call.name}, batch 1", shapes=((1, *sizes), *others))
+
+
+COMPUTED = tuple(c for c in CALLS if c.name != "coordinates, dense" and "average" not in c.name)
+INT8 = tuple(
+    of_int8(call)
+    for call in (
+        *(each for call in COMPUTED for each in (call, of_one_image(call))),
+        conv("ResNet-18, last 3x3, batch 1", (1, 7, 7, 512), (3, 3, 512, 512), 1, 1),
+        conv("ResNet-18, pruned", (16, 28, 28, 77), (3, 3, 77, 77), 1, 1),
+        conv("MobileNet, last depthwise", (32, 3, 3, 960), (3, 3, 1, 960), 1, 1, 960),
+        conv("MobileNet, projection", (32, 6, 6, 576), (1, 1, 576, 96)),
+        Call("dense", jnp.dot, ((32, 512), (512, 1000))),
+        Call("dense, one row", jnp.dot, ((1, 512), (512, 1000))),
+    )
 )
 
 

@@ -97,7 +97,7 @@ def _valid_pool(op: Op) -> bool:
     select = p.get("select_prim")
     edges = zip(p["padding"], p["window_dimensions"], strict=True)
     return (
-        op.floats
+        (op.floats or op.int8)
         and sized(op)
         and all(d == 1 for d in dilations)
         and (select is None or select.name == "ge")

@@ -1,4 +1,4 @@
-"""Convolutions of few channels as one product with a banded (Toeplitz) matrix of the kernel."""
+"""Convolutions of few channels with a banded (Toeplitz) matrix of each row of the kernel."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -6,6 +6,7 @@ from jaxtyping import Array
 
 from jaxaccel._forms._contracted import dot
 from jaxaccel._forms._conv import Conv, ConvForm, out_size, padded
+from jaxaccel._forms._integers import for_library
 
 
 def banded(places: int) -> ConvForm:
@@ -25,6 +26,39 @@ def banded(places: int) -> ConvForm:
         found = dot(jnp.concatenate(seen, 3), band.reshape(-1, band.shape[2]), conv)
         found = found.reshape(x.shape[0], rows, -1, kernel.shape[3])
         return found[:, :, :columns].astype(conv.dtype)
+
+    return run
+
+
+def columns(places: int) -> ConvForm:
+    """The columns of so many neighbouring places as one, with the channels of all.
+
+    What remains is a convolution of many channels that moves by one along a row; of int8.
+    """
+
+    def run(x: Array, kernel: Array, conv: Conv) -> Array:
+        rows, columns = out_size(x.shape, kernel.shape, conv)
+        (batch, _, width, channels), out = x.shape, kernel.shape[3]
+        together = min(places, columns)
+        wide, count = together * conv.strides[1], -(-columns // together)
+        band = _band(kernel, together, conv)
+        taps = -(-band.shape[1] // (wide * channels))
+        rest = taps * wide * channels - band.shape[1]
+        zero, none = jnp.zeros((), kernel.dtype), (0, 0, 0)
+        band = lax.pad(band, zero, [none, (0, rest, 0), none])
+        low = conv.pads[1][0]
+        sides = low, (count - 1 + taps) * wide - low - width
+        images = padded(x, conv._replace(pads=(conv.pads[0], sides)))
+        found = for_library(
+            images.reshape(batch, -1, count - 1 + taps, wide * channels),
+            band.reshape(len(kernel), taps, wide * channels, together * out),
+            conv._replace(
+                strides=(conv.strides[0], 1),
+                pads=((0, 0), (0, 0)),
+                rhs_dilation=(conv.rhs_dilation[0], 1),
+            ),
+        )
+        return found.reshape(batch, rows, -1, out)[:, :, :columns]
 
     return run
 

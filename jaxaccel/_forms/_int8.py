@@ -1,4 +1,4 @@
-"""The forms of convolutions and products of int8, when each applies, and the rules for them.
+"""The forms of convolutions and products of int8, when each applies; the rules for int8.
 
 XLA:CPU has a library for them that is several times as fast as float32. What does not stand as
 that takes it goes to a loop of XLA's own, up to 200 times as slow. XLA:GPU has no convolution of
@@ -7,7 +7,7 @@ int8 with an int32 result at all.
 
 from math import prod
 
-from jaxaccel._forms._banded import banded
+from jaxaccel._forms._banded import banded, columns
 from jaxaccel._forms._conditions import (
     Condition,
     both,
@@ -62,6 +62,11 @@ def _few_channels(op: Op) -> bool:
     return dense(op) and close(op) and op.kernel[1] > 1 and op.kernel[2] <= SIXTEEN
 
 
+def _patches(op: Op) -> bool:
+    """Places that share no column."""
+    return op.kernel[1] <= op.conv.strides[1]
+
+
 def _exact(op: Op) -> bool:
     """Not a kernel so large that even one channel exceeds what float32 holds."""
     return prod(op.kernel[:2]) <= EXACT
@@ -83,8 +88,10 @@ CONVS: dict[str, tuple[ConvForm, Condition, tuple[str, ...]]] = {
     "product": (im2col, one_tap, BOTH),
     "im2col": (im2col, taps, BOTH),
     "split, im2col": (split(im2col), both(few_groups, few_taps), BOTH),
+    "banded 1": (banded(1), both(_few_channels, _patches), CPU),
     "banded 4": (banded(4), _few_channels, CPU),
     "banded 8": (banded(8), _few_channels, CPU),
+    "columns 4": (columns(4), _few_channels, CPU),
     "library": (for_library, both(dense, lambda op: not in_library(op)), CPU),
     "phases, library": (phases(for_library), both(dense, gaps), CPU),
     "block diagonal": (block_diagonal(for_library), _grouped, CPU),
@@ -108,6 +115,8 @@ def lacking(op: Op, platform: str) -> bool:
 
 def preferred(op: Op, platform: str) -> tuple[str, ...]:
     """Of what a 2-core CPU with AMX shows (`experiments.forms`)."""
+    if op.name == "reduce_window_max":
+        return ("maxima",) if platform == "cpu" else ()
     if op.name == "dot_general":
         products = prod(op.free) * prod(op.shapes[0]) // op.free[0]
         return ("by rows",) if products > _FEW_PRODUCTS else ()
@@ -124,19 +133,21 @@ def _on_cpu(op: Op) -> tuple[str, ...]:
         return () if many else ("block diagonal",)
     if not close(op):
         return "phases, library", "library"
-    if _unpacked(op):
-        return "banded 8" if op.kernel[3] < SIXTEEN else "banded 4", "im2col", "library"
-    return ("library",)
+    return (*_of_few_channels(op), "library")
 
 
-def _unpacked(op: Op) -> bool:
-    """So few channels that a band of the kernel costs no more than filling them up."""
-    channels, out = op.kernel[2:]
-    if max(channels, out) <= SIXTEEN:
-        return True
-    odd = channels % FOUR > 0 and channels < 3 * FOUR
-    overlapping = op.kernel[1] >= 2 * op.conv.strides[1]
-    return (channels <= FOUR or odd) and overlapping
+def _of_few_channels(op: Op) -> tuple[str, ...]:
+    """A band of the kernel, where that costs no more than filling the channels up."""
+    (_, width, channels, out), step = op.kernel, op.conv.strides[1]
+    few = channels <= FOUR or (channels % FOUR > 0 and channels < 3 * FOUR)
+    if few and _patches(op):
+        return "banded 1", "im2col"
+    overlapping = width >= 2 * step
+    if overlapping and step > 1 and FOUR - 1 <= channels <= FOUR:
+        return ("columns 4",)
+    if (few and overlapping) or (channels < SIXTEEN and out <= SIXTEEN):
+        return "banded 8" if out < SIXTEEN else "banded 4", "im2col"
+    return ()
 
 
 def _on_cuda(op: Op) -> tuple[str, ...]:

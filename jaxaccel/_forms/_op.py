@@ -29,9 +29,11 @@ class Op:
 
     @cached_property
     def int8(self) -> bool:
-        """Whether it sums products of int8 in int32."""
-        wide = self.params.get("preferred_element_type")
-        return wide == np.int32 and all(d == np.int8 for d in self.dtypes)
+        """Whether it sums products of int8 in int32, or is a maximum of int8."""
+        exact = self.name == "reduce_window_max" or (
+            self.params.get("preferred_element_type") == np.int32
+        )
+        return exact and all(d == np.int8 for d in self.dtypes)
 
     @cached_property
     def conv(self) -> Conv:
