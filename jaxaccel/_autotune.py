@@ -39,11 +39,11 @@ def autotune(
 
     Every convolution, max or average pooling, matrix product that sums over 2 to 8 numbers, and
     gradient of these is timed in several equivalent forms, for its exact shapes, dtypes and
-    parameters, on random numbers, when it is first compiled; so are convolutions and products of
-    int8 summed in int32. A form whose result differs by more than rounding, of integers at all, is
-    not taken. Then the whole function is timed against the original; where it is not faster, its
-    calls run as they were. What was found is kept on disk and is not timed again on the same
-    machine with the same versions and settings.
+    parameters, on random numbers, when it is first compiled; so are max pooling of int8, and
+    convolutions and products of int8 summed in int32. A form whose result differs by more than
+    rounding, of integers at all, is not taken. Then the whole function is timed against the
+    original; where it is not faster, its calls run as they were. What was found is kept on disk
+    and is not timed again on the same machine with the same versions and settings.
 
     `fn` may be a forward function that is differentiated afterwards, or a whole training step.
     Forms are chosen when a call is lowered, for every derivative by itself, so that `jax.grad`,

@@ -32,6 +32,12 @@ def dot8(left, right, axes) -> tuple[Callable, tuple[Any, ...]]:
     return contract, (jnp.zeros(left, jnp.int8), jnp.zeros(right, jnp.int8))
 
 
+def pool8(size, window, strides, pads, dtype: Any = np.int8) -> tuple[Callable, tuple[Any, ...]]:
+    sides = (1, *window, 1), (1, *strides, 1), ((0, 0), *pads, (0, 0))
+    lowest = dtype(np.iinfo(dtype).min)
+    return lambda x: lax.reduce_window(x, lowest, lax.max, *sides), (jnp.zeros(size, dtype),)
+
+
 CASES = {
     "few channels": conv8((9, 12), (2, 5), 3, 10),
     "one channel": conv8((12, 14), (3, 2), 1, 4, padding="VALID"),
@@ -71,6 +77,7 @@ CASES = {
     "a vector": dot8((9,), (9, 4), ((0,), (0,))),
     "summed first": dot8((9, 5), (9, 4), ((0,), (0,))),
     "summed over more axes": dot8((2, 5, 3), (4, 3, 2), ((2, 0), (1, 2))),
+    "max pool": pool8((2, 9, 8, 3), (3, 3), (2, 2), ((1, 1), (1, 1))),
 }
 
 
@@ -91,26 +98,20 @@ def everywhere(op: Op) -> dict[str, Any]:
 
 
 def unequal(op: Op, *operands: Any) -> list[str]:
-    """The forms that differ from the sums of int32 products."""
+    """The forms that differ from what the op finds in int32."""
     operands = operands or tuple(map(ends, op.shapes))
     run = lambda name, *operands: formed(op.name, name, *operands, **op.params)
     exact = run(XLA, *(x.astype(jnp.int32) for x in operands))
+    dtype = op.params.get("preferred_element_type", jnp.int8)
     every = lambda *operands: {n: run(n, *operands) for n in (XLA, *everywhere(op))}
     every = jax.jit(every, compiler_options=QUICKLY)
-    same = lambda y: y.dtype == jnp.int32 and y.shape == exact.shape and bool((y == exact).all())
+    same = lambda y: y.dtype == dtype and y.shape == exact.shape and bool((y == exact).all())
     return [name for name, y in every(*operands).items() if not same(y)]
 
 
 QUICKLY = {"xla_backend_optimization_level": 0}  # half of the time to compile
-SLOW = (
-    "CWNH",
-    "stem",
-    "one axis, few channels",
-    "dilated, few channels",
-    "spread and strided",
-    "grouped and spread",
-    "negative edges",
-)
+SLOW = ("CWNH", "stem", "one axis, few channels", "one channel", "dilated, few channels", "grouped")
+SLOW += ("spread and strided", "grouped and spread", "negative edges", "NCHW, 1x1", "many groups")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_forms_equal_the_op_to_the_last_bit(name):
 
 def test_every_form_has_a_case():
     found = set().union(*(everywhere(op_in(*case)) for case in CASES.values()))
-    assert found == {*_forms._int8.CONVS, "by rows"}
+    assert found == {*_forms._int8.CONVS, "by rows", "maxima"}
 
 
 @settings(max_examples=4)
@@ -166,6 +167,19 @@ def test_any_product(summed, free, data):
     assert unequal(op_in(*dot8(*shapes, axes=tuple(axes)))) == []
 
 
+@settings(max_examples=4)
+@given(
+    size=sizes,
+    window=small,
+    strides=small,
+    pads=st.tuples(*[st.tuples(st.integers(0, 2), st.integers(0, 2))] * 2),
+)
+def test_any_max_pooling(size, window, strides, pads):
+    fn, args = pool8((2, *size, 2), window, strides, pads)
+    if jax.eval_shape(fn, *args).size:
+        assert unequal(op_in(fn, args)) == []
+
+
 def test_sums_beyond_float32_are_split():
     """1,169 times 2^14 and 127: more than 2^24, and odd."""
     fn, (x, kernel) = conv8((3, 3), (3, 3), 130, 1, batch=1, padding="VALID")
@@ -197,6 +211,8 @@ def test_edges_that_xla_would_fold_into_the_convolution():
         dot8((5, 9), (4, 9), ((1,), (1,))),
         dot8((5, 0), (0, 1), ((1,), (0,))),
         dot8((5,), (4,), ((), ())),
+        pool8((1, 4, 4, 1), (2, 2), (2, 2), ((0, 0), (0, 0)), np.uint8),
+        pool8((1, 4, 4, 1), (2, 2), (2, 2), ((2, 0), (0, 0))),
     ],
 )
 def test_other_calls_are_xlas(fn, args):
@@ -224,6 +240,7 @@ FOUND = {  # on a CPU, on CUDA
     "ResNet-18, stem": ("columns 4", "float32 results"),
     "ResNet-18, 3x3": (XLA, "float32 results"),
     "ResNet-18, 1x1": ("product", "product"),
+    "ResNet-18, 1x1, one image": (XLA, "product"),
     "MobileNet, stem": ("library", "float32 results"),
     "ViT, patches": ("banded 1", "float32 results"),
     "MobileNet, depthwise": ("shifted", "shifted"),
@@ -232,6 +249,7 @@ FOUND = {  # on a CPU, on CUDA
     "NCHW": ("library", "float32 results"),
     "dilated": (XLA, "im2col"),
     "transposed": ("phases, library", "phases, float32 results"),
+    "max pool": ("maxima", XLA),
     "dense": (XLA, XLA),
     "dense, one row": ("by rows", XLA),
     "dense, few products": (XLA, XLA),
@@ -241,7 +259,8 @@ RULED = {
     "ConvNet, conv 2": shaped((128, 12, 12, 10), (5, 5, 10, 20), padding="VALID"),
     "ResNet-18, stem": shaped((1, 224, 224, 3), (7, 7, 3, 64), 2, [(3, 3), (3, 3)]),
     "ResNet-18, 3x3": shaped((1, 56, 56, 64), (3, 3, 64, 64)),
-    "ResNet-18, 1x1": shaped((1, 56, 56, 64), (1, 1, 64, 128), 2),
+    "ResNet-18, 1x1": shaped((16, 56, 56, 64), (1, 1, 64, 128), 2),
+    "ResNet-18, 1x1, one image": shaped((1, 56, 56, 64), (1, 1, 64, 128), 2),
     "MobileNet, stem": shaped((1, 224, 224, 3), (3, 3, 3, 32), 2),
     "ViT, patches": shaped((1, 224, 224, 3), (16, 16, 3, 192), 16, "VALID"),
     "MobileNet, depthwise": shaped((1, 56, 56, 144), (3, 3, 1, 144), groups=144),
@@ -250,6 +269,7 @@ RULED = {
     "NCHW": shaped((1, 64, 56, 56), (64, 64, 3, 3), layout=LAYOUTS["NCHW"]),
     "dilated": shaped((1, 28, 28, 256), (3, 3, 256, 256), rhs_dilation=(2, 2)),
     "transposed": shaped((1, 8, 8, 64), (4, 4, 64, 32), 1, [(2, 2)] * 2, lhs_dilation=(2, 2)),
+    "max pool": pool8((1, 112, 112, 64), (3, 3), (2, 2), ((1, 1), (1, 1))),
     "dense": dot8((16, 512), (512, 1000), ((1,), (0,))),
     "dense, one row": dot8((1, 512), (512, 1000), ((1,), (0,))),
     "dense, few products": dot8((1, 50), (50, 10), ((1,), (0,))),

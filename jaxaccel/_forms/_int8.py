@@ -121,7 +121,8 @@ def preferred(op: Op, platform: str) -> tuple[str, ...]:
         products = prod(op.free) * prod(op.shapes[0]) // op.free[0]
         return ("by rows",) if products > _FEW_PRODUCTS else ()
     if one_tap(op):
-        return ("product",)
+        few = op.conv.strides > (1, 1) and op.images[0] == 1 and in_library(op)
+        return () if few and platform == "cpu" else ("product",)
     if op.conv.groups > 1 and each_channel(op):
         return "phases, shifted", "shifted"
     return _on_cuda(op) if platform == "cuda" else _on_cpu(op)
