@@ -1,15 +1,21 @@
 """Networks of `jx.quantize.int8` in the forms for int8: the same outputs to the last bit."""
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import lax
 
 import jaxaccel as jx
 from jaxaccel._forms import XLA, rule
 from jaxaccel._graph import graph_of
 from jaxaccel._tuned import by_rules, has_forms, op_of, untuned
 from tests.models import filled, normal
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 class ConvNet(nnx.Module):
@@ -91,3 +97,19 @@ def test_measured_the_outputs_are_the_same(network, tmp_path):
     np.testing.assert_array_equal(fast(params, x), jax.jit(untuned(fn))(params, x))
     assert {row.form for row in fast.report.rows} - {XLA}
     assert not any(row.dropped for row in fast.report.rows)
+
+
+def test_padding_before_a_convolution():
+    """XLA:CPU alone folds it into the convolution, which is then wrong."""
+    conv = partial(lax.conv_general_dilated, window_strides=(1, 1), dimension_numbers=LAYOUT)
+
+    def fn(params, x):
+        x = jnp.pad(conv(x, params["a"], padding="SAME"), ((0, 0), (1, 1), (0, 0), (0, 0)))
+        return conv(x, params["b"], padding="VALID")
+
+    params, x = {"a": normal(0, 3, 3, 3, 20), "b": normal(1, 1, 3, 20, 8)}, normal(2, 2, 8, 8, 3)
+    fn, params = jx.quantize.int8(fn, params, [(x,), (-x,)], scales="power_of_two")
+    with jax.disable_jit():
+        expected = fn(params, x)
+    np.testing.assert_array_equal(jax.jit(fn)(params, x), expected)
+    np.testing.assert_array_equal(jax.jit(by_rules(fn))(params, x), expected)
