@@ -176,7 +176,7 @@ def test_any_product(summed, free, data):
 )
 def test_any_max_pooling(size, window, strides, pads):
     fn, args = pool8((2, *size, 2), window, strides, pads)
-    if jax.eval_shape(fn, *args).size:
+    if everywhere(op_in(fn, args)):  # of edges alone the largest is the lowest of each dtype
         assert unequal(op_in(fn, args)) == []
 
 

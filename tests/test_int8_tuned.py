@@ -108,8 +108,8 @@ def test_padding_before_a_convolution():
         return conv(x, params["b"], padding="VALID")
 
     params, x = {"a": normal(0, 3, 3, 3, 20), "b": normal(1, 1, 3, 20, 8)}, normal(2, 2, 8, 8, 3)
-    fn, params = jx.quantize.int8(fn, params, [(x,), (-x,)], scales="power_of_two")
+    small, params = jx.quantize.int8(fn, params, [(x,), (-x,)], scales="power_of_two")
     with jax.disable_jit():
-        expected = fn(params, x)
-    np.testing.assert_array_equal(jax.jit(fn)(params, x), expected)
-    np.testing.assert_array_equal(jax.jit(by_rules(fn))(params, x), expected)
+        expected = small(params, x)
+    np.testing.assert_array_equal(jax.jit(small)(params, x), expected)
+    np.testing.assert_array_equal(jax.jit(by_rules(small))(params, x), expected)
