@@ -2,11 +2,13 @@
 
     python -m experiments.forms
     python -m experiments.forms --survey
+    python -m experiments.forms --int8
 
 Each call and each of its gradients is timed as `jx.autotune` does it, in all forms that apply,
 which must equal XLA's own; "rule" is the form that is taken without timing. With --survey these
-are the shapes, at several batch sizes, that the rules for a CPU were drawn from. The second table
-holds rewritings of a dense convolution that `jx.autotune` does not try:
+are the shapes, at several batch sizes, that the rules for a CPU were drawn from; with --int8 calls
+of int8 summed in int32. The second table holds rewritings of a dense convolution that
+`jx.autotune` does not try:
 
     space to depth   a strided convolution as one that moves by one over the pixels between two
                      strides, as channels
@@ -31,7 +33,7 @@ from jaxaccel._autotune import times
 from jaxaccel._forms import XLA, Op, candidates, rule
 from jaxaccel._forms_report import operands, operation
 from jaxaccel._graph import graph_of
-from jaxaccel._tuned import has_forms, op_of
+from jaxaccel._tuned import formed, has_forms, op_of
 from jaxaccel.measure import table
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -48,6 +50,7 @@ class Call(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
     stride: int | None = None
     pad: int = 0
+    dtype: Any = np.float32
 
 
 def conv(
@@ -65,9 +68,14 @@ def conv(
 
 def pool(name: str, x: tuple, window: int, stride: int, pad: int, average: bool = False) -> Call:
     pads = ((0, 0), (pad, pad), (pad, pad), (0, 0))
-    start, reduce = (0.0, lax.add) if average else (-jnp.inf, lax.max)
     sides = (1, window, window, 1), (1, stride, stride, 1)
-    return Call(name, lambda x: lax.reduce_window(x, start, reduce, *sides, pads), (x,))
+
+    def fn(x: Any) -> Any:
+        lowest = np.iinfo(x.dtype).min if x.dtype == np.int8 else -np.inf
+        start, reduce = (0, lax.add) if average else (lowest, lax.max)
+        return lax.reduce_window(x, x.dtype.type(start), reduce, *sides, pads)
+
+    return Call(name, fn, (x,))
 
 
 CALLS = (
@@ -87,6 +95,31 @@ CALLS = (
     pool("DenseNet, average pool", (16, 28, 28, 128), 2, 2, 0, average=True),
     pool("Inception, average pool", (16, 14, 14, 192), 3, 1, 1, average=True),
     Call("coordinates, dense", jnp.dot, ((100_000, 3), (3, 64))),
+)
+
+
+def of_int8(call: Call) -> Call:
+    fn = call.fn if len(call.shapes) == 1 else partial(call.fn, preferred_element_type=np.int32)
+    return call._replace(fn=fn, stride=None, dtype=np.int8)
+
+
+def of_one_image(call: Call) -> Call:
+    (_, *sizes), *others = call.shapes
+    return call._replace(name=f"{call.name}, batch 1", shapes=((1, *sizes), *others))
+
+
+COMPUTED = tuple(c for c in CALLS if c.name != "coordinates, dense" and "average" not in c.name)
+INT8 = tuple(
+    of_int8(call)
+    for call in (
+        *(each for call in COMPUTED for each in (call, of_one_image(call))),
+        conv("ResNet-18, last 3x3, batch 1", (1, 7, 7, 512), (3, 3, 512, 512), 1, 1),
+        conv("ResNet-18, pruned", (16, 28, 28, 77), (3, 3, 77, 77), 1, 1),
+        conv("MobileNet, last depthwise", (32, 3, 3, 960), (3, 3, 1, 960), 1, 1, 960),
+        conv("MobileNet, projection", (32, 6, 6, 576), (1, 1, 576, 96)),
+        Call("dense", jnp.dot, ((32, 512), (512, 1000))),
+        Call("dense, one row", jnp.dot, ((1, 512), (512, 1000))),
+    )
 )
 
 
@@ -111,14 +144,15 @@ def survey() -> Iterator[Call]:
 
 
 def ops_of(call: Call) -> list[Op]:
-    """The operation, and those of its gradients."""
+    """The operation, and those of its gradients, which int8 has none of."""
 
     def everything(*args: Any) -> Any:
         out, pullback = jax.vjp(call.fn, *args)
         return out, pullback(out)
 
-    avals = [jax.ShapeDtypeStruct(shape, np.float32) for shape in call.shapes]
-    return [op_of(node) for node in graph_of(everything, *avals)[0].nodes if has_forms(node)]
+    avals = [jax.ShapeDtypeStruct(shape, call.dtype) for shape in call.shapes]
+    fn = call.fn if call.dtype == np.int8 else everything
+    return [op_of(node) for node in graph_of(fn, *avals)[0].nodes if has_forms(node)]
 
 
 def space_to_depth(call: Call, x: Any, kernel: Any) -> Any:
@@ -157,7 +191,9 @@ def refused(call: Call) -> dict[str, Callable]:
 def measured(call: Call, op: Op, forward: bool) -> dict[str, Any]:
     """Seconds of each form, and of what is refused."""
     others = refused(call) if forward and call.stride else {}
-    seconds, dropped = times(op, others)
+    # Which autotune spares where it is slow.
+    own = {XLA: partial(formed, op.name, XLA, **op.params)}
+    seconds, dropped = times(op, own | others)
     if XLA not in seconds:
         raise SystemExit(f"{call.name}: XLA's own form failed: {dropped.get(XLA)}")
     return {
@@ -219,10 +255,12 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser("forms", __doc__, "forms")
     parser.add_argument("--survey", action="store_true", help="the shapes behind the rules")
+    parser.add_argument("--int8", action="store_true", help="int8 summed in int32")
     args = parser.parse_args(argv)
     common.use_device(args.device, parser)
     folder = common.make_folder(args.out, parser)
     calls, name = (survey(), "forms-survey") if args.survey else (CALLS, "forms")
+    calls, name = (INT8, "forms-int8") if args.int8 else (calls, name)
     jobs = [(call, op, i == 0) for call in calls for i, op in enumerate(ops_of(call))]
     jobs = [job for job in jobs if candidates(job[1])]
     rows = [measured(*job) for job in track(jobs, "forms", transient=True)]

@@ -10,9 +10,8 @@ from typing import Any, Literal
 import jax
 import jax.core
 
-from jaxaccel import _graph
 from jaxaccel._choices import Choices, digest
-from jaxaccel._forms import XLA, Op, candidates, rule
+from jaxaccel._forms import Op, candidates, plain, rule
 from jaxaccel._forms_report import Report, Row, Whole
 from jaxaccel._graph import Graph, Node, Value
 from jaxaccel._progress import bar
@@ -37,10 +36,11 @@ def autotune(
 
     Every convolution, max or average pooling, matrix product that sums over 2 to 8 numbers, and
     gradient of these is timed in several equivalent forms, for its exact shapes, dtypes and
-    parameters, on random numbers, when it is first compiled. A form whose result differs by more
-    than rounding is not taken. Then the whole function is timed against the original; where it is
-    not faster, its calls run as they were. What was found is kept on disk and is not timed again
-    on the same machine with the same versions and settings.
+    parameters, on random numbers, when it is first compiled; so are max pooling of int8, and
+    convolutions and products of int8 summed in int32. A form whose result differs by more than
+    rounding, of integers at all, is not taken. Then the whole function is timed against the
+    original; where it is not faster, its calls run as they were. What was found is kept on disk
+    and is not timed again on the same machine with the same versions and settings.
 
     `fn` may be a forward function that is differentiated afterwards, or a whole training step.
     Forms are chosen when a call is lowered, for every derivative by itself, so that `jax.grad`,
@@ -118,24 +118,24 @@ class Autotuned:
                 self._tuner.form(op)
                 tick()
             forms = [self._tuner.form(op) for op in ops]
-            changes = any(form != XLA for form in forms) or any(node.tuner for node in nodes)
-            faster = changes and (not _can_be_run(graph) or self._faster(graph, forms))
+            changes = any(form != _plain(op) for op, form in zip(ops, forms, strict=True))
+            changes = changes or any(node.tuner for node in nodes)
+            left = Left(self._tuner, frozenset(op_of(n).key for n in nodes), _ruled(nodes))
+            as_given = lambda graph, leaves: tuned(graph, leaves, left)
+            faster = changes and (not _can_be_run(graph) or self._faster(graph, forms, as_given))
         self._tuner.choices.save()
-        if faster:
-            return own
-        left = Left(self._tuner, frozenset(op_of(n).key for n in nodes), _ruled(nodes))
-        return lambda graph, leaves: tuned(graph, leaves, left)
+        return own if faster else as_given
 
-    def _faster(self, graph: Graph, forms: Sequence[str]) -> bool:
+    def _faster(self, graph: Graph, forms: Sequence[str], as_given: Callable) -> bool:
         """Whether the whole function gains; it is timed on random numbers."""
         avals = [value.aval for value in graph.inputs]
         key = f"whole {digest(_described(graph), list(map(str, avals)), forms)}"
         row = self._tuner.choices.get(key)
         if row is None or not _complete(row, {"plain", "tuned"}):
-            plain = lambda *leaves: _graph.run(graph, leaves)
+            given = lambda *leaves: as_given(graph, leaves)
             own = lambda *leaves: tuned(graph, leaves, self._tuner)
             # Not compared: what an optimizer makes of a random state may be no number.
-            both = {"plain": plain, "tuned": own}
+            both = {"plain": given, "tuned": own}
             found = timed(both, synthetic(avals), _ROUNDS_OF_WHOLE, terms=None)
             form = min(found.seconds, key=lambda name: found.seconds[name], default="plain")
             row = {"form": form, "seconds": found.seconds, "dropped": found.dropped}
@@ -155,10 +155,10 @@ class Measured:
 
     def choose(self, op: Op, platform: str, devices: int) -> str:
         """As `Tuner` says."""
-        here = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
-        if not (self.measures and devices == 1 and platform == here and _is_static(op.shapes)):
+        here = self.measures and devices == 1 and platform == _platform()
+        if not (here and _is_static(op.shapes)):
             name = rule(op, platform)
-            if candidates(op):
+            if candidates(op, platform):
                 self.used[op.key] = Row(op, name, {}, {})
             return name
         known = self.choices.get(op.key) is not None
@@ -169,11 +169,11 @@ class Measured:
 
     def form(self, op: Op) -> str:
         """The fastest form; timed if it was not before."""
-        possible = {XLA, *candidates(op)}
-        if possible == {XLA}:
-            return XLA
+        possible = _possible(op)
+        if len(possible) == 1:
+            return possible[0]
         row = self.choices.get(op.key)
-        if row is None or not _complete(row, possible):
+        if row is None or not _complete(row, {*possible}):
             row = _measured(op)
             self.choices.set(op.key, row)
         self.used[op.key] = Row(op, row["form"], row["seconds"], row["dropped"])
@@ -192,30 +192,45 @@ class Left:
         """As `Tuner` says."""
         if op.key not in self.keys:
             return self.tuner.choose(op, platform, devices)
-        return rule(op, platform) if op.key in self.ruled else XLA
+        return (rule if op.key in self.ruled else plain)(op, platform)
 
 
 def _ruled(nodes: Sequence[Node]) -> frozenset[str]:
     return frozenset(op_of(node).key for node in nodes if node.tuner)
 
 
+def _platform() -> str:
+    """By the name that things are lowered for."""
+    return {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+
+
+def _plain(op: Op) -> str:
+    return plain(op, _platform())
+
+
+def _possible(op: Op) -> list[str]:
+    """The form that the others must equal, XLA's own where it has a usable one; and the others."""
+    first, platform = _plain(op), _platform()
+    return [first, *(name for name in candidates(op, platform) if name != first)]
+
+
 def times(op: Op, others: Mapping[str, Callable] | None = None) -> Timed:
-    """Of XLA's own form and of all that apply, on random numbers; and of other functions."""
+    """Of all forms that apply, on random numbers; and of other functions."""
     functions: dict[str, Callable] = {
-        name: partial(formed, op.name, name, **op.params) for name in (XLA, *candidates(op))
+        name: partial(formed, op.name, name, **op.params) for name in _possible(op)
     }
     avals = [jax.ShapeDtypeStruct(s, d) for s, d in zip(op.shapes, op.dtypes, strict=True)]
     return timed(functions | dict(others or {}), synthetic(avals), terms=op.terms)
 
 
 def _measured(op: Op) -> dict[str, Any]:
-    found = times(op)
+    found, first = times(op), _plain(op)
     if not found.seconds:
-        return {"form": XLA, "seconds": {}, "dropped": found.dropped}
+        return {"form": first, "seconds": {}, "dropped": found.dropped}
     best = min(found.seconds, key=lambda name: found.seconds[name])
-    gains = found.seconds[best] < _WORTH * found.seconds[XLA]
+    gains = found.seconds[best] < _WORTH * found.seconds[first]
     return {
-        "form": best if gains else XLA,
+        "form": best if gains else first,
         "seconds": found.seconds,
         "dropped": found.dropped,
     }

@@ -127,9 +127,12 @@ def _first_line(error: BaseException) -> str:
 
 
 def _difference(found: Any, expected: Any, terms: int) -> str | None:
-    """None where the results are equal but for rounding, which grows with the root of the terms."""
+    """None where the results are equal, of floats but for rounding, by the root of the terms."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         if not jnp.issubdtype(b.dtype, jnp.floating):
+            count = int(np.sum(np.asarray(a) != np.asarray(b)))
+            if count:
+                return f"differs in {count} of {b.size} integers"
             continue
         a64, b64 = np.asarray(a, np.float64), np.asarray(b, np.float64)
         tolerance = _TOLERANCES.get(b.dtype.name, 4 * float(jnp.finfo(b.dtype).eps))
@@ -167,7 +170,7 @@ def _sample(call: Callable, count: int) -> float:
 
 
 def synthetic(avals: Sequence[Any]) -> list[Any]:
-    """Operands of these shapes and dtypes: normal numbers, zeros for integers, random keys."""
+    """Operands of these shapes and dtypes: normal numbers, any int8, other zeros, random keys."""
     random_, made = np.random.default_rng(0), []
     for aval in avals:
         if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
@@ -175,6 +178,8 @@ def synthetic(avals: Sequence[Any]) -> list[Any]:
         elif jnp.issubdtype(aval.dtype, jnp.floating):
             values = random_.standard_normal(aval.shape, np.float32)
             made.append(values.astype(aval.dtype))
+        elif aval.dtype == np.int8:
+            made.append(random_.integers(-128, 128, aval.shape, np.int8))
         else:
             made.append(np.zeros(aval.shape, aval.dtype))
     return made

@@ -4,18 +4,25 @@ from math import prod
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jaxaccel._forms._conv import Conv, indices, out_size, padded, tap
+from jaxaccel._forms._conv import Conv, accumulator, indices, out_size, padded, tap
+from jaxaccel._forms._integers import product
 
 
-def _dot(a: Array, b: Array, conv: Conv) -> Array:
+def dot(a: Array, b: Array, conv: Conv) -> Array:
     """The last axis of `a` with the first of `b`, accumulated in float32 at least."""
-    wide = jnp.promote_types(conv.dtype, jnp.float32)
+    if a.dtype == np.int8:
+        return product(a, b)
     axes = ((a.ndim - 1,), (0,))
     return lax.dot_general(
-        a, b, (axes, ((), ())), precision=conv.precision, preferred_element_type=wide
+        a,
+        b,
+        (axes, ((), ())),
+        precision=conv.precision,
+        preferred_element_type=accumulator(conv.dtype),
     )
 
 
@@ -30,13 +37,13 @@ def _taps(x: Array, kernel: Array, conv: Conv) -> list[Array]:
 def im2col(x: Array, kernel: Array, conv: Conv) -> Array:
     """One product: the pixels under each tap beside each other. 1x1: the images themselves."""
     patches = jnp.concatenate(_taps(x, kernel, conv), 3)
-    return _dot(patches, kernel.reshape(-1, kernel.shape[3]), conv).astype(conv.dtype)
+    return dot(patches, kernel.reshape(-1, kernel.shape[3]), conv).astype(conv.dtype)
 
 
 def summed_dots(x: Array, kernel: Array, conv: Conv) -> Array:
     """The sum over the taps of the product of what a tap meets with it."""
     taps = zip(_taps(x, kernel, conv), indices(kernel.shape[:2]), strict=True)
-    products = [_dot(seen, kernel[index], conv) for seen, index in taps]
+    products = [dot(seen, kernel[index], conv) for seen, index in taps]
     return sum(products[1:], start=products[0]).astype(conv.dtype)
 
 
@@ -46,7 +53,7 @@ def row_im2col(x: Array, kernel: Array, conv: Conv) -> Array:
     products = []
     for r in range(rows):
         row = jnp.concatenate(taps[r * columns : (r + 1) * columns], 3)
-        products.append(_dot(row, kernel[r].reshape(-1, kernel.shape[3]), conv))
+        products.append(dot(row, kernel[r].reshape(-1, kernel.shape[3]), conv))
     return sum(products[1:], start=products[0]).astype(conv.dtype)
 
 
@@ -56,7 +63,7 @@ def scattered_dots(x: Array, kernel: Array, conv: Conv) -> Array:
     For a kernel that moves by one: an input gradient with few channels to give.
     """
     taps, out = indices(kernel.shape[:2]), kernel.shape[3]
-    every = _dot(x, kernel.transpose(2, 0, 1, 3).reshape(x.shape[3], -1), conv)
+    every = dot(x, kernel.transpose(2, 0, 1, 3).reshape(x.shape[3], -1), conv)
     size, total = out_size(x.shape, kernel.shape, conv), None
     for number, index in enumerate(taps):
         part = every[..., number * out : (number + 1) * out]
@@ -95,14 +102,14 @@ def gathered(x: Array, kernel: Array, conv: Conv) -> Array:
     windows = jnp.concatenate(_windows(x, kernel, conv), 3)
     rows = prod(windows.shape[:3])
     flat = kernel.transpose(2, 0, 1, 3).reshape(rows, -1)
-    found = _dot(windows.reshape(rows, -1).T, flat, conv)
+    found = dot(windows.reshape(rows, -1).T, flat, conv)
     return _assembled(found, x, kernel, conv)
 
 
 def by_place(x: Array, kernel: Array, conv: Conv) -> Array:
     """The same with one product for each place."""
     flat = kernel.transpose(2, 0, 1, 3).reshape(-1, kernel.shape[3])
-    found = [_dot(seen.reshape(len(flat), -1).T, flat, conv) for seen in _windows(x, kernel, conv)]
+    found = [dot(seen.reshape(len(flat), -1).T, flat, conv) for seen in _windows(x, kernel, conv)]
     return _assembled(jnp.stack(found), x, kernel, conv)
 
 
@@ -113,7 +120,7 @@ def gathered_rows(x: Array, kernel: Array, conv: Conv) -> Array:
     found = []
     for r in range(rows):
         row = jnp.concatenate(windows[r * columns : (r + 1) * columns], 3)
-        found.append(_dot(row.reshape(len(flat), -1).T, flat, conv))
+        found.append(dot(row.reshape(len(flat), -1).T, flat, conv))
     return _assembled(jnp.concatenate(found), x, kernel, conv)
 
 

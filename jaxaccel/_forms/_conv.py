@@ -5,6 +5,7 @@ from itertools import product
 from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -72,23 +73,46 @@ def shapes_of(
     return x, (*lead, *(rhs[i] for i in taps), rhs[into], rhs[out])
 
 
-def canonical(form: ConvForm) -> Callable[..., Array]:
-    """The form as a function of the primitive's own operands and parameters."""
+def canonical(form: ConvForm, product: bool = False) -> Callable[..., Array]:
+    """The form as a function of the primitive's own operands and parameters.
+
+    A `product` is of all pixels, and XLA may fold its kernel's transpose. Other forms gather
+    pixels; of int8 they find them in memory, or XLA would compute what these come from anew for
+    each tap, and without vector code.
+    """
 
     def run(lhs: Array, rhs: Array, **params: Any) -> Array:
         layout = params["dimension_numbers"]
         (batch, channels, *pixels), (out, into, *taps) = layout.lhs_spec, layout.rhs_spec
         x, kernel = shapes_of(params, lhs.shape, rhs.shape)
-        images = lhs.transpose(batch, *pixels, channels).reshape(x)
-        y = form(
-            images, rhs.transpose(*taps, into, out).reshape(kernel), conv_of(params, lhs.dtype)
-        )
+        images = ordered(lhs, (batch, *pixels, channels)).reshape(x)
+        axes = (*taps, into, out)
+        weights = (rhs.transpose(axes) if product else ordered(rhs, axes)).reshape(kernel)
+        if lhs.dtype == np.int8 and not product:
+            images = apart(lambda x: x, images)
+        y = form(images, weights, conv_of(params, lhs.dtype))
         if len(pixels) == 1:
             y = y.reshape(y.shape[0], *y.shape[2:])
         made = (layout.out_spec[0], *layout.out_spec[2:], layout.out_spec[1])
         return y.transpose([made.index(i) for i in range(y.ndim)])
 
     return run
+
+
+def ordered(x: Array, axes: Sequence[int]) -> Array:
+    """The transpose; of int8 in memory too, as XLA:CPU's library of int8 products needs it.
+
+    XLA gives a transpose, and what follows it, another order instead. A flat array has only one.
+    """
+    found = x.transpose(axes)
+    if x.dtype != np.int8 or list(axes) == sorted(axes):
+        return found
+    return lax.optimization_barrier(found.reshape(-1)).reshape(found.shape)
+
+
+def accumulator(dtype: Any) -> Any:
+    """The dtype to sum a result of this one in: float32 at least, of integers their own."""
+    return dtype if jnp.issubdtype(dtype, jnp.integer) else jnp.promote_types(dtype, jnp.float32)
 
 
 def out_size(x: Sequence[int], kernel: Sequence[int], conv: Conv) -> tuple[int, ...]:

@@ -3,10 +3,11 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jaxaccel._apart import apart
-from jaxaccel._forms._conv import Conv, indices, out_size, padded, tap
+from jaxaccel._forms._conv import Conv, accumulator, indices, out_size, padded, tap
 
 # Rows summed by unrolled code before XLA's slower reduction. From 16 on XLA:CPU does not fuse the
 # slices of a tap into it; with 8 more is left to the reduction.
@@ -15,7 +16,7 @@ _UNROLLED_ROWS = 14
 
 def shifted(x: Array, kernel: Array, conv: Conv) -> Array:
     """Sum over the taps of the slice of the images a tap sees times the tap, per channel."""
-    wide = _wide(x, conv)
+    wide, total = _wide(x, conv), accumulator(conv.dtype)
     size = out_size(x.shape, kernel.shape, conv)
     # A channel with several outputs is that many equal channels.
     x = jnp.repeat(padded(x, conv).astype(wide), kernel.shape[3] // x.shape[3], 3)
@@ -23,7 +24,8 @@ def shifted(x: Array, kernel: Array, conv: Conv) -> Array:
         tap(x, index, size, conv.strides, conv.rhs_dilation) * kernel[index][0].astype(wide)
         for index in indices(kernel.shape[:2])
     ]
-    return sum(products[1:], start=products[0]).astype(conv.dtype)
+    sums = [product.astype(total) for product in products]
+    return sum(sums[1:], start=sums[0]).astype(conv.dtype)
 
 
 def summed(x: Array, kernel: Array, conv: Conv) -> Array:
@@ -48,7 +50,9 @@ def summed(x: Array, kernel: Array, conv: Conv) -> Array:
 
 
 def _wide(x: Array, conv: Conv) -> Any:
-    """The dtype to sum in."""
+    """The dtype to multiply in; int16 holds a product of int8, not the sum of two."""
+    if x.dtype == np.int8:
+        return np.int16
     return jnp.promote_types(jnp.promote_types(x.dtype, conv.dtype), jnp.float32)
 
 

@@ -20,10 +20,16 @@ def _edges(params: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     return [(int(low), int(high), 0) for low, high in params["padding"]]
 
 
+def _lowest(dtype: Any) -> float:
+    """What no number of this dtype is below."""
+    return -jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).min
+
+
 def _pixels(
-    x: Array, size: Sequence[int], params: Mapping[str, Any], edge: float = -jnp.inf
+    x: Array, size: Sequence[int], params: Mapping[str, Any], edge: float | None = None
 ) -> list[Array]:
     """The pixels of every window, one array per place in the window, in row-major order."""
+    edge = _lowest(x.dtype) if edge is None else edge
     x = lax.pad(x, jnp.asarray(edge, x.dtype), _edges(params))
     window, strides = params["window_dimensions"], params["window_strides"]
     found = []
