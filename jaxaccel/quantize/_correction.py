@@ -5,16 +5,57 @@ taps that lie on the image alone; the places that see the same taps share one co
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 from math import prod
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Int8, Int16, Int32
 
 from jaxaccel._apart import apart
+from jaxaccel._graph import Node
 from jaxaccel.fold._contractions import Contraction, spread
 
+_MOST_RUNS = 8
 _CHUNK = 16  # rows added by unrolled code; XLA:CPU's own reduction of bytes takes 8 times as long
+
+
+def both(c: Contraction, data: Array, kernel: Array) -> list[Array]:
+    """The operands in the order of the node."""
+    return [data, kernel] if c.node.inputs[0] is c.data else [kernel, data]
+
+
+def accumulate(node: Node, operands: list[Array], **changed: Any) -> Int32[Array, "..."]:
+    """The sums of products."""
+    wide = {"preferred_element_type": np.dtype(np.int32), "precision": None}
+    (acc,) = node.run(operands, **wide, **changed)
+    return acc
+
+
+def sums(
+    c: Contraction, q: Int8[Array, "..."], kernel: Int8[Array, "..."], zero_point: int
+) -> Int32[Array, "..."]:
+    """``sum((q - zero_point) * kernel)``."""
+    if not zero_point:
+        return accumulate(c.node, both(c, q, kernel))
+    if c.padded and c.groups > 1 and c.kernel.shape[c.ins[0]] == 1:
+        return _of_each_channel(c, q, kernel, zero_point)
+    return accumulate(c.node, both(c, q, kernel)) - correction(c, kernel, zero_point)
+
+
+def _of_each_channel(c: Contraction, q: Array, kernel: Array, zero_point: int) -> Array:
+    """Of a depthwise convolution, whose forms pad the images in any case: with the zero point."""
+    p, spec = c.node.params, c.node.params["dimension_numbers"].lhs_spec
+    edges = [(0, 0, 0)] * q.ndim
+    for axis, (low, high), gap in zip(spec[2:], p["padding"], p["lhs_dilation"], strict=True):
+        edges[axis] = (int(low), int(high), int(gap) - 1)
+    ones = (1,) * len(edges[2:])
+    images = apart(lambda q: lax.pad(q, jnp.int8(zero_point), edges), q)
+    acc = accumulate(c.node, [images, kernel], padding=((0, 0),) * len(ones), lhs_dilation=ones)
+    whole = _sum(_outs_last(c, kernel, ()))
+    return acc - per_channel(whole, c.labels) * zero_point
 
 
 def correction(c: Contraction, kernel: Int8[Array, "..."], zero_point: int) -> Int32[Array, "..."]:
@@ -37,8 +78,20 @@ def correction(c: Contraction, kernel: Int8[Array, "..."], zero_point: int) -> I
     few = (seen[:, :, None] * per_tap).sum(1)
     whole = few.reshape(*(len(one) for one in classes), -1)
     for axis, place in enumerate(places):
-        whole = jnp.take(whole, place.reshape(-1), axis=axis)
+        whole = _taken(whole, place.reshape(-1).tolist(), axis)
     return spread(whole, (*numbers.out_spec[2:], numbers.out_spec[1]), len(c.labels)) * zero_point
+
+
+def _taken(x: Array, places: Sequence[int], axis: int) -> Array:
+    """These indices along an axis: runs of equal ones, which XLA copies faster than it gathers."""
+    runs = [(place, len(list(same))) for place, same in groupby(places)]
+    if len(runs) > _MOST_RUNS:
+        return jnp.take(x, np.array(places), axis=axis)
+    parts = [lax.slice_in_dim(x, place, place + 1, axis=axis) for place, _ in runs]
+    shapes = [(*x.shape[:axis], count, *x.shape[axis + 1 :]) for _, count in runs]
+    return jnp.concatenate(
+        [jnp.broadcast_to(part, shape) for part, shape in zip(parts, shapes, strict=True)], axis
+    )
 
 
 def _hits(c: Contraction, axis: int) -> np.ndarray:

@@ -27,7 +27,7 @@ from jaxaccel.quantize._arithmetic import (
     rescaled,
     shift,
 )
-from jaxaccel.quantize._correction import correction, per_channel
+from jaxaccel.quantize._correction import accumulate, both, per_channel, sums
 from jaxaccel.quantize._layers import Bounds, Kernel, Layer, Tail
 from jaxaccel.quantize._plan import Activations
 from jaxaccel.quantize._program import (
@@ -200,16 +200,14 @@ class _Run:
         c, values = step.contraction, moved_leaf(step.kernel, kernel.values)
         place = 0 if c.node.inputs[0] is c.data else 1
         q, scale = _by_row(c.node, place, self.real(c.data))
-        acc = _accumulate(c.node, both(c, q, values))
+        acc = accumulate(c.node, both(c, q, values))
         scales = per_channel(per_output(c, step.kernel, kernel.scale), c.labels)
         self._keep(step, (q, values), acc.astype(jnp.float32) * (scale * scales), acc)
 
     def _static(self, step: Layer, kernel: QTensor) -> None:
         c, grid = step.contraction, self.grid(step.contraction.data)
         q, values = self.integers(c.data), moved_leaf(step.kernel, kernel.values)
-        acc = _accumulate(c.node, both(c, q, values))
-        if grid.zero_point:
-            acc = acc - correction(c, values, grid.zero_point)
+        acc = sums(c, q, values, grid.zero_point)
         constants = self.setting.constants.get(self.program.view.leaves[step.kernel.leaf])
         if constants is None:
             scale = per_output(c, step.kernel, kernel.scale) * np.float32(grid.scale)
@@ -242,7 +240,7 @@ class _Run:
         else:
             found = [(self.integers(x), np.float32(self.grid(x).scale)) for x in step.operands]
         (a, of_a), (b, of_b) = found
-        acc = _accumulate(node, [a, b])
+        acc = accumulate(node, [a, b])
         self._keep(step, (a, b), acc.astype(jnp.float32) * (of_a * of_b), acc)
 
     def _sum(self, step: Sum) -> None:
@@ -331,16 +329,6 @@ def _is_read_alone(node: Node, place: int) -> bool:
     consts, body_consts, carry = loop(node)
     tested = consts if node.name == "while" else 0
     return tested <= place < consts + body_consts or place >= consts + body_consts + carry
-
-
-def both(c: Contraction, data: Array, kernel: Array) -> list[Array]:
-    """The operands in the order of the node."""
-    return [data, kernel] if c.node.inputs[0] is c.data else [kernel, data]
-
-
-def _accumulate(node: Node, operands: list[Array]) -> Array:
-    (acc,) = node.run(operands, preferred_element_type=np.dtype(np.int32), precision=None)
-    return acc
 
 
 def moved_leaf(kernel: Kernel, values: Array) -> Array:

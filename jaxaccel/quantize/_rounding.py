@@ -15,7 +15,8 @@ from jaxaccel.fold._transform import keyed
 from jaxaccel.fold._view import Keys
 from jaxaccel.quantize import _constants
 from jaxaccel.quantize._calibrate import arguments
-from jaxaccel.quantize._execute import both, moved_leaf
+from jaxaccel.quantize._correction import both
+from jaxaccel.quantize._execute import moved_leaf
 from jaxaccel.quantize._layers import Layer
 from jaxaccel.quantize._qtensor import QTensor
 from jaxaccel.quantize._traced import Traced
