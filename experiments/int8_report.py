@@ -83,7 +83,7 @@ def plot(path: Path, records: list[dict[str, Any]]) -> None:
     columns = 3
     rows = -(-len(records) // columns)
     figure = Figure(figsize=(5 * columns, 2.6 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, record in zip(panels, records, strict=False):
         reference = record["rows"][0]["candidate"]
         shown = [row["candidate"] for row in record["rows"] if "seconds" in row]
@@ -101,7 +101,7 @@ def plot(path: Path, records: list[dict[str, Any]]) -> None:
         axes.invert_yaxis()
         axes.set_title(f"{record['name']}, batch {record['batch']}", fontsize=9)
         axes.set_xlabel(f"times as fast as {reference}", fontsize=8)
-    for axes in list(panels):
+    for axes in panels[len(records) :]:
         axes.set_visible(False)
     figure.suptitle(
         f"int8 (blue), peers (orange), float32 (grey), target (red): median and quartiles\n"
