@@ -43,7 +43,7 @@ from experiments.quantization_rows import (
 )
 from jaxaccel._choices import default_folder
 
-EPOCHS = {"ConvNet": 12, "ResNet-20": 6, "MobileNet": 8}
+EPOCHS = {"ConvNet": 12, "ResNet-20": 5, "MobileNet": 10}
 BATCH = 200  # test images at a time
 
 
@@ -56,11 +56,12 @@ def logits(run: Run, splits: jx.data.Splits) -> Logits:
 
 def variants(name: str, later: bool) -> Iterator[tuple[str, Callable[[Trial], Run]]]:
     """By name, how to make each row: those of the first round, or the others."""
-    for row, made in (LATER if later else ROWS | quantization_peers.QWIX).items():
+    peers = quantization_peers
+    for row, made in (LATER if later else ROWS | peers.QWIX).items():
         if row in HARD and name == "MobileNet":
             continue  # a relu6 passes no factor on
         yield row, lambda trial, made=made: compiled(made(trial))
-    yield from ({} if later else quantization_peers.ONNXRUNTIME).items()
+    yield from (peers.ONNXRUNTIME_LATER if later else peers.ONNXRUNTIME).items()
 
 
 def measured(found: Logits, real: Logits, labels: np.ndarray) -> dict[str, float]:
@@ -77,8 +78,9 @@ def records(args: Namespace, splits: jx.data.Splits) -> list[dict[str, Any]]:
     path = args.out / "quantization-runs.json"
     stored = json.loads(path.read_text())["runs"] if path.exists() else []
     found = []
-    order = product((False, True), range(args.seed, args.seed + args.seeds), args.networks)
-    for later, seed, name in order:
+    names: list[str] = args.networks
+    pairs = list(product(range(args.seed, args.seed + args.seeds), names))
+    for later, (seed, name) in product((False, True), pairs):
         epochs = args.epochs or EPOCHS[name]
         settings = {"epochs": epochs, "train": len(splits.train), "test": len(splits.test)}
         wanted = {"network": name, "seed": seed, "settings": settings}
@@ -87,6 +89,9 @@ def records(args: Namespace, splits: jx.data.Splits) -> list[dict[str, Any]]:
             run = wanted | {"rows": {}}
             stored.append(run)
         trial = Trial(name, seed, splits, epochs, args.keep)
+        if args.report:
+            found += [run] if run["rows"] and not later else []
+            continue
         for _ in chain(rows(trial, run, args.again, later), facts(trial, run, args.again, later)):
             common.write_json(path, {"runs": stored})
         found += [] if later else [run]
@@ -134,6 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--again", nargs="+", default=[], help="rows to make anew")
     parser.add_argument("--keep", type=Path, default=default_folder() / "quantization",
                         help="folder for trained networks")  # fmt: skip
+    parser.add_argument("--report", action="store_true", help="only tables of what is there")
     args = parser.parse_args(argv)
     common.use_device(args.device, parser)
     common.packages(parser, *quantization_peers.PACKAGES)

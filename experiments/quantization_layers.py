@@ -61,7 +61,8 @@ def outputs(module: Any, images: Images) -> dict[str, np.ndarray]:
         nnx.merge(graph, state)(images)
         return dict(seen)
 
-    return jax.tree.map(np.asarray, jax.jit(run)(state, images))
+    ran = jax.jit(run)(state, images)
+    return {path: np.asarray(ran[path]) for path in seen}
 
 
 def _watch(layer: Any, place: str, seen: dict[str, Any]) -> None:

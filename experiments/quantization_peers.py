@@ -157,8 +157,8 @@ QWIX: dict[str, Callable[[Trial], Candidate]] = {
     "Qwix static": qwix(static=True),
     "Qwix dynamic": qwix(static=False),
 }
-ONNXRUNTIME: dict[str, Callable[[Trial], Run]] = {
-    "onnxruntime": onnxruntime("MinMax"),
+ONNXRUNTIME: dict[str, Callable[[Trial], Run]] = {"onnxruntime": onnxruntime("MinMax")}
+ONNXRUNTIME_LATER: dict[str, Callable[[Trial], Run]] = {
     "onnxruntime, percentile": onnxruntime("Percentile"),
     "onnxruntime, entropy": onnxruntime("Entropy"),
 }

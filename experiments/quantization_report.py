@@ -1,6 +1,6 @@
 """Tables and plots of `experiments.quantization`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 
 import jaxaccel as jx
 from experiments import common
-from experiments.quantization_rows import HARD
+from experiments.quantization_peers import ONNXRUNTIME, ONNXRUNTIME_LATER
+from experiments.quantization_peers import QWIX as QWIX_ROWS
+from experiments.quantization_rows import HARD, LATER, ROWS
 
 Runs: TypeAlias = list[dict[str, Any]]
 OURS, QWIX = "int8", "Qwix static"
@@ -54,24 +56,26 @@ def write(stem: Path, runs: Runs, about: str) -> None:
 
 
 def rows(runs: Runs) -> list[str]:
-    """Those that all seeds have."""
-    return [row for row in runs[0]["rows"] if all(row in run["rows"] for run in runs)]
+    """Of any seed, in the order of the tables."""
+    known = [*ROWS, *LATER, *QWIX_ROWS, *ONNXRUNTIME, *ONNXRUNTIME_LATER]
+    return [row for row in known if any(row in run["rows"] for run in runs)]
 
 
-def values(runs: Runs, row: str, what: str = "accuracy") -> list[float]:
-    return [run["rows"][row][what] for run in runs]
+def values(runs: Runs, row: str, what: str = "accuracy") -> dict[int, float]:
+    """By seed, for those that have it."""
+    return {run["seed"]: run["rows"][row][what] for run in runs if row in run["rows"]}
 
 
-def mean(numbers: Sequence[float]) -> tuple[float, float]:
+def apart(runs: Runs, row: str, than: str = "float32") -> list[float]:
+    """Points of accuracy by which a row is above another, for each seed that has both."""
+    one, other = values(runs, row), values(runs, than)
+    return [one[seed] - other[seed] for seed in one if seed in other]
+
+
+def mean(numbers: Iterable[float]) -> tuple[float, float]:
     """With half of the 95% interval; nan for a single seed."""
-    if len(numbers) < 2:
-        return float(np.mean(numbers)), np.nan
-    return jx.measure.interval(numbers)[:2]
-
-
-def less(runs: Runs, row: str, than: str = "float32") -> tuple[float, float]:
-    """Points of accuracy by which a row is above another, paired by seed."""
-    return mean([a - b for a, b in zip(values(runs, row), values(runs, than), strict=True)])
+    found = [*numbers]
+    return jx.measure.interval(found)[:2] if len(found) > 1 else (found[0], np.nan)
 
 
 def targets(name: str, runs: Runs) -> list[dict[str, Any]]:
@@ -79,7 +83,7 @@ def targets(name: str, runs: Runs) -> list[dict[str, Any]]:
     for row, limits in TARGETS.items():
         allowed = limits.get(name, limits[""])
         if row in rows(runs):
-            points, half = less(runs, row)
+            points, half = mean(apart(runs, row))
             met = "met" if points >= -allowed else "missed"
             found.append({"row": row, "points": points, "half_width": half,
                           "target": -allowed, "said": met})  # fmt: skip
@@ -89,8 +93,8 @@ def targets(name: str, runs: Runs) -> list[dict[str, Any]]:
 def claims(runs: Runs) -> list[dict[str, Any]]:
     found = []
     for claim, one, other in CLAIMS:
-        if {one, other} <= {*rows(runs)}:
-            points, half = less(runs, one, other)
+        if apart(runs, one, other):
+            points, half = mean(apart(runs, one, other))
             said = "better" if points > half else "worse" if points < -half else ""
             found.append({"claim": claim, "pair": f"{one} - {other}", "points": points,
                           "half_width": half, "said": said or "no difference shown"})  # fmt: skip
@@ -98,6 +102,8 @@ def claims(runs: Runs) -> list[dict[str, Any]]:
 
 
 def signed(points: float, half: float) -> str:
+    if np.isnan(half):
+        return f"{points:+.2f}"
     return f"{points:+.2f} ± {half:.2f}"
 
 
@@ -131,13 +137,16 @@ def target_table(found: dict[str, Runs], style: Any) -> str:
 def accuracy_table(runs: Runs, style: Any) -> str:
     lines = []
     for row in rows(runs):
-        accuracy, half = mean(values(runs, row))
-        same, ratio = (mean(values(runs, row, what))[0] for what in ("agreement", "decibels"))
+        accuracy, half = mean(values(runs, row).values())
+        means = (values(runs, row, what).values() for what in ("agreement", "decibels"))
+        same, ratio = (mean(each)[0] for each in means)
+        points = signed(*mean(apart(runs, row)))
         lines.append(
-            (row, f"{accuracy:.2f} ± {half:.2f}", signed(*less(runs, row)) if same < 100 else "",
-             f"{same:.2f}", f"{ratio:.1f}" if ratio < 1000 else "")
+            (row, signed(accuracy, half)[1:], points if row != "float32" else "",
+             f"{same:.2f}", f"{ratio:.1f}" if ratio < 100 else "", len(apart(runs, row)))
         )  # fmt: skip
-    columns = ("variant", "accuracy, %", "points from float32", "same class, %", "SNR, dB")
+    columns = ("variant", "accuracy, %", "points from float32", "same class, %", "SNR, dB",
+               "seeds")  # fmt: skip
     return jx.measure.table(columns, lines, style)
 
 
@@ -222,7 +231,9 @@ def plot(path: Path, found: dict[str, Runs]) -> None:
     shown = [row for row in rows(next(iter(found.values()))) if row not in ("float32", *HARD)]
     for axes, (name, runs) in zip(panels, found.items(), strict=True):
         for place, row in enumerate(shown):
-            each = [a - b for a, b in zip(values(runs, row), values(runs, "float32"), strict=True)]
+            if row not in rows(runs):
+                continue
+            each = apart(runs, row)
             points, half = mean(each)
             axes.errorbar(points, place, xerr=half, fmt="o", capsize=4, color="C0")
             axes.scatter(each, [place] * len(each), s=12, color="C1", alpha=0.7, zorder=3)
