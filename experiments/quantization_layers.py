@@ -13,6 +13,7 @@ from experiments import common, mnist, peer_networks
 from experiments.quantization_peers import plain_module, qwix, qwix_module
 from experiments.quantization_rows import POWER, Candidate, Images, Trial, compiled
 from jaxaccel.quantize._layers import Layer
+from jaxaccel.quantize._report import Report
 
 IMAGES = 256  # of the test set, that go through each layer
 MAX_DROP = 0.1  # points on validation images, that `mixed` may cost
@@ -50,10 +51,8 @@ def decibels(found: np.ndarray, real: np.ndarray) -> float:
 def outputs(module: Any, images: Images) -> dict[str, np.ndarray]:
     """Of each convolution and dense layer, behind its batch norm, by the path of its kernel."""
     seen: dict[str, Any] = {}
-    place = ""
     for path, layer in peer_networks._layers(module):
-        place = place if isinstance(layer, nnx.BatchNorm) else f"{path}/kernel"
-        _watch(layer, place, seen)
+        _watch(layer, None if isinstance(layer, nnx.BatchNorm) else f"{path}/kernel", seen)
     graph, state = nnx.split(module)
 
     def run(state: Any, images: Images) -> dict[str, Any]:
@@ -65,12 +64,14 @@ def outputs(module: Any, images: Images) -> dict[str, np.ndarray]:
     return {path: np.asarray(ran[path]) for path in seen}
 
 
-def _watch(layer: Any, place: str, seen: dict[str, Any]) -> None:
+def _watch(layer: Any, place: str | None, seen: dict[str, Any]) -> None:
+    """Puts what a layer gives to its place, or to that of the layer before it."""
     kind = type(layer)
 
     def call(self: Any, *args: Any, **options: Any) -> Any:
-        seen[place] = kind.__call__(self, *args, **options)
-        return seen[place]
+        out = kind.__call__(self, *args, **options)
+        seen[place or [*seen][-1]] = out
+        return out
 
     layer.__class__ = type(kind.__name__, (kind,), {"__call__": call})
 
@@ -105,7 +106,7 @@ def counted(pair: Candidate, images: Images) -> dict[str, Any]:
         "StableHLO": stablehlo(lowered.as_text()),
         "compiled": hlo(lowered.compile().as_text()),
     }
-    if report := getattr(fn, "report", None):
+    if isinstance(report := getattr(fn, "report", None), Report):
         found["left"] = [list(one) for one in report.left]
         found["on integers"] = [row.where for row in report.rows]
     return found
@@ -143,7 +144,7 @@ def sensitivity(trial: Trial) -> dict[str, Any]:
     def evaluate(fn: Any, params: Any) -> float:
         score = validated(job, mnist.Network("", fn, params, "", []))
         report = getattr(fn, "report", None)
-        alone = report.rows if report else ()
+        alone = report.rows if isinstance(report, Report) else ()
         if len(alone) == 1:
             found["layers"][alone[0].where] = score
         found.setdefault("original", score)  # the first call

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxaccel as jx
 from experiments import quantization, quantization_layers, quantization_peers, quantization_report
@@ -15,10 +16,19 @@ from tests.test_int8 import snr
 IMAGES = jax.random.uniform(jax.random.key(1), (32, 12, 12, 1))
 
 
-def tiny(rngs):
-    return jx.nn.ConvNet(
-        input_shape=(12, 12, 1), widths=(4, 6), dense=(8,), kernel_size=3, dropout=0.0, rngs=rngs
-    )
+class Tiny(nnx.Module):
+    """Its attributes are not in the order of their calls once Flax has merged it."""
+
+    def __init__(self, rngs):
+        self.conv1 = nnx.Conv(1, 4, (3, 3), rngs=rngs)
+        self.norm1 = nnx.BatchNorm(4, rngs=rngs)
+        self.conv2 = nnx.Conv(4, 4, (3, 3), strides=2, rngs=rngs)
+        self.norm2 = nnx.BatchNorm(4, rngs=rngs)
+        self.classifier = nnx.Linear(4, 10, rngs=rngs)
+
+    def __call__(self, x):
+        x = jax.nn.relu(self.norm1(self.conv1(x)))
+        return self.classifier(jax.nn.relu(self.norm2(self.conv2(x))).mean((1, 2)))
 
 
 def dense(rngs):
@@ -33,7 +43,7 @@ def part(count):
 
 @pytest.fixture
 def trial(tmp_path, monkeypatch):
-    for name, build in {"tiny": tiny, "dense": dense}.items():
+    for name, build in {"tiny": Tiny, "dense": dense}.items():
         monkeypatch.setitem(rows.NETWORKS, name, build)
         monkeypatch.setitem(rows.PEAKS, name, 1e-2)
     splits = jx.data.Splits(part(512), part(64), part(200))
@@ -51,11 +61,11 @@ def test_a_training_is_kept_and_its_rows_are_not_made_twice(trial, tmp_path, mon
     monkeypatch.setattr(quantization_layers, "FACTS", {})
     monkeypatch.setattr(quantization_layers, "LATER", {})
     monkeypatch.setattr(quantization.pruning, "load", lambda train: trial.splits)
-    options = ["--networks", "dense", "--seeds", "2", "--epochs", "1", "--device", "cpu"]
+    options = ["--networks", "dense", "--seeds", "1", "--epochs", "1", "--device", "cpu"]
     options += ["--out", str(tmp_path), "--keep", str(tmp_path / "kept")]
     quantization.main(options)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
-    assert len(kept) == 6  # float32, its longer training and QAT, of two seeds
+    assert len(kept) == 3  # float32, its longer training and QAT
     found = json.loads((tmp_path / "quantization.json").read_text())["runs"]["dense"]
     assert all(run["rows"]["int8"]["decibels"] > 20 for run in found)
     monkeypatch.setattr(quantization, "logits", None)  # nothing is computed again
@@ -87,12 +97,12 @@ def test_results_of_layers_are_those_of_the_float_network_but_for_noise(trial):
 def test_convolutions_and_products_are_counted_by_type(trial):
     pair = rows.ROWS["int8"](trial)
     found = quantization_layers.counted(pair, trial.batches[0])
-    assert found["StableHLO"] == {"convolution i8 i8": 2, "dot i8 i8": 2}
-    assert sum(found["compiled"].values()) == 4
+    assert found["StableHLO"] == {"convolution i8 i8": 2, "dot i8 i8": 1}
+    assert sum(found["compiled"].values()) == 3
     assert found["left"] == []
     plain = quantization_layers.counted(trial.folded, trial.batches[0])
     assert all(name.endswith(" f32 f32") for name in plain["StableHLO"])
-    assert sum(plain["StableHLO"].values()) >= 3
+    assert sum(plain["StableHLO"].values()) == 3
 
 
 def test_small_steps_change_little():
