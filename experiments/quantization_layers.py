@@ -107,7 +107,7 @@ def counted(pair: Candidate, images: Images) -> dict[str, Any]:
         "compiled": hlo(lowered.compile().as_text()),
     }
     if isinstance(report := getattr(fn, "report", None), Report):
-        found["left"] = [list(one) for one in report.left]
+        found["left"] = [[one.where, one.source, one.reason] for one in report.left]
         found["on integers"] = [row.where for row in report.rows]
     return found
 

@@ -41,13 +41,14 @@ def part(count):
     return jx.data.arrays(images, random.integers(10, size=count))
 
 
-@pytest.fixture
-def trial(tmp_path, monkeypatch):
-    for name, build in {"tiny": Tiny, "dense": dense}.items():
-        monkeypatch.setitem(rows.NETWORKS, name, build)
-        monkeypatch.setitem(rows.PEAKS, name, 1e-2)
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory):
     splits = jx.data.Splits(part(512), part(64), part(200))
-    return rows.Trial("tiny", 0, splits, 1, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, build in {"tiny": Tiny, "dense": dense}.items():
+            patch.setitem(rows.NETWORKS, name, build)
+            patch.setitem(rows.PEAKS, name, 1e-2)
+        yield rows.Trial("tiny", 0, splits, 1, tmp_path_factory.mktemp("kept"))
 
 
 def test_a_training_is_kept_and_its_rows_are_not_made_twice(trial, tmp_path, monkeypatch):
