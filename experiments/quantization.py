@@ -1,8 +1,9 @@
 """What int8 costs in accuracy: paired seeds, three networks, beside Qwix and onnxruntime.
 
-    python -m experiments.quantization                      # three networks, 5 seeds
+    python -m experiments.quantization                      # three networks, 5 seeds, hours
     python -m experiments.quantization --networks ConvNet
     python -m experiments.quantization --again QAT          # the rows of this name anew
+    python -m experiments.quantization --report             # tables of what is there so far
 
 A network is trained; what `jx.quantize` makes of it is then read on the whole test set, with
 batches of training images for calibration that are the same for all tools. What is trained (the
@@ -12,6 +13,8 @@ the table in quantization-runs.json: an interrupted run goes on from there. The 
 
 The hard case is the same function with factors moved between layers, so that the ranges of the
 channels of one tensor differ 1000-fold.
+
+2 cores, jax 0.10.2: experiments/results/quantization.md.
 """
 
 import json
@@ -148,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     found = records(args, splits)
     about = (
         f"cluttered digits at 28x28, {len(splits.train):,} training and {len(splits.test):,} test "
-        f"images, {args.seeds} seeds; calibration on {BATCHES} batches of {SIZE}"
+        f"images; calibration on {BATCHES} batches of {SIZE} training images"
     )
     report.write(args.out / "quantization", found, about)
 
