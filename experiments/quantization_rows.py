@@ -146,8 +146,7 @@ def qat(**options: Any) -> Callable[[Trial], Candidate]:
 
     def made(trial: Trial) -> Candidate:
         made = jx.quantize.fake(*trial.whole, trial.batches, **options)
-        # Inside of one more dict, or the steps would not be trained.
-        model = lambda: (lambda tree, x: made(tree["params"], x), {"params": made.params})
+        model = lambda: (made, made.params)
         name = " ".join(["QAT", *map(str, options.values())])
         return made.convert(trial.kept(name, made.params, model, TUNE, TUNE_PEAK, relative_steps()))
 

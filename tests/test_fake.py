@@ -87,6 +87,21 @@ def test_training_lowers_the_loss_and_moves_the_steps(scales):
         np.testing.assert_array_equal(steps, np.round(steps))
 
 
+def test_the_accelerator_trains_the_steps_too():
+    def net(params, x):
+        hidden = jax.nn.relu(x.reshape(len(x), -1) @ params["a"]["kernel"])
+        return hidden @ params["b"]["kernel"]
+
+    params = {"a": {"kernel": normal(0, 16, 8)}, "b": {"kernel": normal(1, 8, 3)}}
+    images = np.random.default_rng(0).integers(0, 255, (8, 4, 4, 1), np.uint8)
+    qat = jx.quantize.fake(net, params, [images / np.float32(255)])
+    acc = jx.Accelerator((qat, qat.params), optax.sgd(1e-2))
+    acc.fit(jx.data.device_loader(jx.data.arrays(images, np.arange(8) % 3), 8), 1, progress=False)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), acc.params, qat.params)
+    assert all(jax.tree.leaves(moved)), moved
+    assert qat.convert(acc.params)[0].report.rows
+
+
 def test_where_and_the_tree():
     qat = jx.quantize.fake(dense_average, DENSE, [X], where="a*")
     assert list(qat.params["scales"]["kernels"]) == ["a/kernel"]

@@ -52,8 +52,9 @@ def fake(
 
     Returns:
         ``qat_fn(tree, *args)``, with the tree to start from in ``qat_fn.params``:
-        ``{"params": ..., "scales": ...}``, floating-point arrays for any optimizer. Afterwards
-        ``qat_fn.convert(tree)`` gives the ``(fn, params)`` of `int8` with these steps.
+        ``{"weights": ..., "scales": ...}``, floating-point arrays for any optimizer. Afterwards
+        ``qat_fn.convert(tree)`` gives the ``(fn, params)`` of `int8` with these steps. Adam
+        changes a number by its rate however small it is: give the steps a lower one.
 
     Raises:
         TypeError, ValueError: as `int8`.
@@ -66,7 +67,7 @@ def fake(
         >>> x = jnp.array([[1.0, 2.0, -0.5]])
         >>> qat = fake(net, params, [x])
         >>> gradient = jax.grad(lambda tree: qat(tree, x).sum())(qat.params)
-        >>> gradient["params"]["b"]["kernel"].round(1)
+        >>> gradient["weights"]["b"]["kernel"].round(1)
         Array([[1., 1.],
                [2., 2.],
                [0., 0.]], dtype=float32)
@@ -109,7 +110,7 @@ class Fake:
         }
         activations = [jnp.float32(grid.scale) for grid in grids]
         self.params = {
-            "params": params,
+            "weights": params,
             "scales": {"kernels": kernels, "activations": activations},
         }
 
@@ -123,8 +124,8 @@ class Fake:
     def __call__(self, tree: PyTree, *args: Any) -> Any:
         """The result of the function, rounded as `int8` rounds."""
         self._check(tree)
-        made, traced = self._traced.plan(tree["params"], args)
-        leaves = keyed(tree["params"])
+        made, traced = self._traced.plan(tree["weights"], args)
+        leaves = keyed(tree["weights"])
         for keys, axes in self._axes.items():
             x, scale = leaves[keys], self._scale(tree["scales"]["kernels"]["/".join(keys)])
             terms = prod(n for i, n in enumerate(x.shape) if i not in axes)
@@ -144,13 +145,13 @@ class Fake:
         scales = jax.tree.map(self._scale, tree["scales"])
         grids = [Grid(float(scale), zero) for scale, zero in
                  zip(scales["activations"], self._zeros, strict=True)]  # fmt: skip
-        check_params(self._traced.fn, tree["params"])
-        leaves = keyed(tree["params"])
+        check_params(self._traced.fn, tree["weights"])
+        leaves = keyed(tree["weights"])
         kernels = {
             keys: _constants.with_scale(leaves[keys], scales["kernels"]["/".join(keys)])
             for keys in self._axes
         }
-        return assembled(self._traced, tree["params"], self._args, grids, self._power, kernels)
+        return assembled(self._traced, tree["weights"], self._args, grids, self._power, kernels)
 
     def _scale(self, scale: Float[Array, "..."]) -> Float[Array, "..."]:
         """A trained step as it is used: positive, and a power of two where that is asked for."""
@@ -166,8 +167,8 @@ class Fake:
         expected = jax.tree.structure(self.params)
         if jax.tree.structure(tree) != expected:
             raise ValueError(
-                f"{self!r}: expected a tree like its params, {{'params': ..., 'scales': ...}}, got "
-                f"{jax.tree.structure(tree)}; train qat_fn.params"
+                f"{self!r}: expected a tree like its params, {{'weights': ..., 'scales': ...}}, "
+                f"got {jax.tree.structure(tree)}; train qat_fn.params"
             )
 
 
