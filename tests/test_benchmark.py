@@ -48,6 +48,7 @@ ROWS = (
 LOST = {"candidate": "cheat", "family": "peer", "precision": "float32", "mode": ""}
 
 
+@pytest.mark.full
 def test_plain_flax_has_the_batch_norm_of_flax():
     given = problem(Case("resnet18", False, 32, 2), 0)
     of = lambda fn: {type(m) for _, m in nnx.iter_modules(fn.module(given.params))}

@@ -13,7 +13,7 @@ from jax import lax
 
 import jaxaccel as jx
 from jaxaccel import _dataflow, _graph
-from tests.models import ZOO, from_nnx
+from tests.models import ZOO, from_nnx, tiers
 from tests.networks import frameworks, sequence, vision
 from tests.networks.vision import normals
 
@@ -92,12 +92,15 @@ def test_same_outputs_and_exact_counts_over_the_zoo(name):
     assert counts == EXPECTED[name]
 
 
-@pytest.mark.parametrize("name", [n for n in EXPECTED if n != "keras"])  # it computes in float32
-def test_float64_over_the_zoo(name):
+DOUBLE = [CASES[name] for name in EXPECTED if name != "keras"]  # which computes in float32
+
+
+@pytest.mark.parametrize("case", tiers(DOUBLE, ("mobilenet", "resnet20", "unet", "equinox")))
+def test_float64_over_the_zoo(case):
     with jax.enable_x64(True):
         wide = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
-        fn, params = CASES[name].build()
-        params, x = jax.tree.map(wide, params), wide(CASES[name].images(1))
+        fn, params = case.build()
+        params, x = jax.tree.map(wide, params), wide(case.images(1))
         folded, new = jx.fold.batchnorm(fn, params, x)
         assert all(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(new))
         close(jax.jit(folded)(new, x), jax.jit(fn)(params, x), 1e-12)

@@ -10,7 +10,7 @@ from flax import linen, nnx
 
 import jaxaccel as jx
 from jaxaccel._select import flatten
-from tests.models import ZOO, LinenNet
+from tests.models import ZOO, LinenNet, tiers
 
 
 def trees_equal(a, b) -> bool:
@@ -36,7 +36,7 @@ def test_inference_equals_the_model(case):
     np.testing.assert_allclose(jax.jit(fn)(params, x), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ZOO[1:], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", tiers(ZOO[1:]))
 def test_training_updates_have_the_shapes_of_the_statistics(case):
     fn, params = case.build()
     _, updates = jax.jit(fn.train)(params, jax.random.key(0), case.images())

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxaccel as jx
 from tests import shrinking
-from tests.models import ZOO, Case, filled
+from tests.models import ZOO, Case, filled, tiers
 from tests.networks import frameworks, sequence, vision
 from tests.networks.drawn import networks
 from tests.networks.expected import EXPECTED
@@ -28,7 +28,7 @@ def shapes(**sizes: tuple[int, ...]):
     return filled({name: jax.ShapeDtypeStruct(s, "float32") for name, s in sizes.items()})
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", tiers(CASES))
 def test_the_zoo(case: Case):
     fn, params = case.build()
     groups = shrinking.check(fn, params, case.images())
@@ -53,8 +53,8 @@ def check_network(network: Any, seed: int) -> tuple[int, int]:
     return sum(prunable), sum(made.values())
 
 
-def test_100_random_networks():
-    random_networks(count=100, steps=6, prunable=0.45)  # 0.55 to 0.71 in four runs of 300
+def test_random_networks():
+    random_networks(count=60, steps=6, prunable=0.45)  # 0.55 to 0.71 in four runs of 300
 
 
 @pytest.mark.full

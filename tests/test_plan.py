@@ -18,7 +18,7 @@ from tests.networks import frameworks, sequence, vision
 
 CASES = {case.name: case for case in [*ZOO, *vision.CASES, *sequence.CASES, *frameworks.CASES]}
 FLOAT32 = ("keras", "lstm", "gru")  # what these compute in, whatever their parameters
-QUICK = ("linen", "densenet")
+QUICK = ("linen", "separable")
 
 
 def doubled(tree: Any) -> Any:

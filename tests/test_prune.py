@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 import jaxaccel as jx
 from jaxaccel._select import flatten, is_kernel
 from tests import oracles
-from tests.models import ZOO
+from tests.models import ZOO, tiers
 
 FLOATS = st.floats(-4, 4, width=32, allow_subnormal=False)  # XLA may take these for zero
 
@@ -27,7 +27,7 @@ def tree(seed: int = 0):
     }
 
 
-@pytest.mark.parametrize("case", ZOO, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", tiers(ZOO))
 def test_global_counts_over_the_zoo(case):
     _, params = case.build()
     masks = flatten(jx.prune.masks(params, 0.8))

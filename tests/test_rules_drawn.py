@@ -45,7 +45,7 @@ def _ordered(sizes, order):
     return shape(*(sizes[order.index(k)] for k in range(len(sizes))))
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(convolutions(), seeds)
 def test_convolutions(drawn, seed):
     jx.check_rule(*drawn, seed=seed)
@@ -70,7 +70,7 @@ def products(draw):
     return lambda a, b: lax.dot_general(a, b, dims), *sides
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(products(), seeds)
 def test_products(drawn, seed):
     jx.check_rule(*drawn, seed=seed)
@@ -107,7 +107,7 @@ def chains(draw):
     return fn, shape(*shapes[0])
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(chains(), seeds)
 def test_reshapes(drawn, seed):
     jx.check_rule(*drawn, seed=seed)

@@ -65,7 +65,7 @@ def fake(
         ...     return jnp.maximum(x @ params["a"]["kernel"], 0) @ params["b"]["kernel"]
         >>> params = {"a": {"kernel": jnp.eye(3)}, "b": {"kernel": jnp.ones((3, 2))}}
         >>> x = jnp.array([[1.0, 2.0, -0.5]])
-        >>> qat = fake(net, params, [x])
+        >>> qat = fake(net, params, [x], calibration="minmax")
         >>> gradient = jax.grad(lambda tree: qat(tree, x).sum())(qat.params)
         >>> gradient["weights"]["b"]["kernel"].round(1)
         Array([[1., 1.],
