@@ -75,6 +75,7 @@ def test_a_training_is_kept_and_its_rows_are_not_made_twice(trial, tmp_path, mon
     assert "| QAT - trained on |" in (tmp_path / "quantization.md").read_text()
 
 
+@pytest.mark.full
 def test_the_hard_case_is_the_same_function(trial):
     fn, params = trial.folded
     same, hard = rows.hard(trial)
