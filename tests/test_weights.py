@@ -41,6 +41,18 @@ def test_bytes():
     assert stored(bits=4, group=None) == numbers / 2 + 2 * 32
 
 
+def test_small_leaves_keep_8_bits():
+    x = jax.random.normal(jax.random.key(0), (64, 64))
+    q = jx.quantize.weights({"first": x[:, :63], "large": x}, bits=4, small=64 * 64)
+    assert (q["first"].values.dtype, q["large"].values.dtype) == (jnp.int8, jnp.uint8)
+    for name, alone in (
+        ("first", jx.quantize.weights({"w": x[:, :63]})["w"]),
+        ("large", jx.quantize.weights({"w": x}, bits=4)["w"]),
+    ):
+        assert np.array_equal(q[name].values, alone.values)
+        assert np.array_equal(q[name].scale, alone.scale)
+
+
 def test_one_leaf_at_a_time(monkeypatch):
     params = {str(i): jnp.ones((64, 64)) for i in range(5)}
     allocated = lambda: sum(array.nbytes for array in jax.live_arrays())
@@ -89,6 +101,9 @@ TWO = {"w": jnp.ones((2, 2))}
         (TWO, {"bits": 4, "group": 1.5}, r"group=1\.5 must be an int >= 1"),
         (TWO, {"bits": 4, "group": True}, "group=True must be an int >= 1"),
         (TWO, {"group": 32}, "group=32 needs bits=4: at 8 bits a channel has one scale"),
+        (TWO, {"small": 9}, "small=9 needs bits=4: at 8 bits all leaves have 8"),
+        (TWO, {"bits": 4, "small": -1}, "small=-1 must be an int >= 0, a count of numbers"),
+        (TWO, {"bits": 4, "small": True}, "small=True must be an int >= 0"),
         (TWO, {"calibration": "kl"}, "calibration='kl' must be 'max', 'mse' or 'auto'"),
         (
             TWO,
