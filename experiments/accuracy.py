@@ -53,13 +53,20 @@ def masked(
     return job.fit(name, method, model, keep, tune=True, **mnist.follow(teacher))
 
 
+def int8_weights(network: mnist.Network) -> mnist.Network:
+    """Weights in int8 with a scale per output channel; arithmetic in float32."""
+    fn = lambda params, x: network.fn(jx.quantize.dequantize(params), x)
+    params = jx.quantize.weights(network.params)
+    return mnist.Network("int8", fn, params, "the pruned student's weights in int8", [])
+
+
 def trained(job: mnist.Job, splits: jx.data.Splits) -> list[mnist.Network]:
     """Teacher and students, what masks and int8 weights leave of them, and the controls."""
     teacher, alone, student = mnist.students(job, splits)
     sparse = masked(job, "pruned", student, teacher, jx.prune.magnitude)
     random = jx.prune.random(jax.random.key(job.seed))
     control = masked(job, "random masks", student, teacher, random)
-    return [teacher, alone, student, sparse, control, mnist.quantized(sparse)]
+    return [teacher, alone, student, sparse, control, int8_weights(sparse)]
 
 
 def study(splits: jx.data.Splits, epochs: int | None, seeds: range) -> dict[str, list[float]]:

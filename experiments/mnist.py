@@ -32,6 +32,7 @@ from experiments.networks import build
 
 BATCH = 64
 BUDGET = 0.5  # share of the multiply-accumulates that pruning leaves
+CALIBRATION = 512  # images for the ranges of int8
 STEPS = 800  # of each training, unless --epochs is given; fine-tuning takes half
 
 
@@ -138,11 +139,13 @@ def pruned(job: Job, network: Network) -> Network:
     return job.fit("pruned", method, model, tune=True, **follow(network))
 
 
-def quantized(network: Network) -> Network:
-    """Weights in int8 with a scale per output channel; arithmetic in float32."""
-    fn = lambda params, x: network.fn(jx.quantize.dequantize(params), x)
-    params = jx.quantize.weights(network.params)
-    return Network("int8", fn, params, "the pruned student's weights in int8", [])
+def quantized(network: Network, images: np.ndarray) -> Network:
+    """Convolutions and dot products on integers; ranges from these images of the training set."""
+    batches = [common.scaled(part) for part in np.array_split(images, -(-len(images) // BATCH))]
+    fn, params = jx.quantize.int8(network.fn, network.params, batches, progress=False)
+    print(fn.report)
+    fn = jx.autotune(fn, mode="rules")
+    return Network("int8", fn, params, "the pruned student, computed on integers", [])
 
 
 def students(job: Job, splits: jx.data.Splits) -> tuple[Network, Network, Network]:
@@ -159,7 +162,8 @@ def networks(job: Job, splits: jx.data.Splits) -> list[Network]:
     """Teacher, student alone, distilled, pruned, quantized: each step on the one before."""
     teacher, alone, distilled = students(job, splits)
     small = pruned(job, distilled)
-    return [teacher, alone, distilled, small, quantized(small)]
+    whole = quantized(small, splits.train.image[:CALIBRATION])
+    return [teacher, alone, distilled, small, whole]
 
 
 def stored_bytes(params: Any) -> tuple[int, int]:

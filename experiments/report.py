@@ -140,7 +140,7 @@ def _summary(facts: dict[str, Any]) -> str:
         f"{facts['seed']}, {facts['seconds']} s in all. {common.machine_line()}. One run is one "
         "sample: experiments.accuracy gives intervals over seeds. Ratio: time over the first "
         "row's, measured interleaved. MACs: half of the compiler's FLOPs for one image; for int8 "
-        "they include widening the weights to float32."
+        "they include what brings every sum back to 8 bits, in the form that is run."
     )
 
 
