@@ -67,6 +67,15 @@ def read_twice(params, x):
     return dense(params, y, "b") + y[:, :4]
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_bias_of_all_channels_together(shape):
+    params = DENSE | {"bias": jnp.ones(shape)}
+    fn = lambda p, x: dense(p, jax.nn.relu(dense(p, x, "a") + p["bias"]), "b")
+    same, new = jx.quantize.equalize(fn, params, [X])
+    assert same.report.pairs == ()
+    assert all(map(np.array_equal, jax.tree.leaves(new), jax.tree.leaves(params)))
+
+
 @pytest.mark.parametrize("fn", [limited, bent, read_twice])
 def test_no_factor_passes(fn):
     same, new = jx.quantize.equalize(fn, DENSE, [X])

@@ -13,7 +13,7 @@ from jaxaccel._tuned import untuned
 from jaxaccel.quantize import QTensor
 from tests.int8_checks import all_exact
 from tests.models import ZOO, normal
-from tests.test_int8 import DENSE, X, dense_average, ran
+from tests.test_int8 import DENSE, X, dense_average, ran, snr
 
 BATCHES = [X]
 
@@ -45,6 +45,10 @@ def taken(params, x):
         ({"activations": "statik"}, ValueError, "activations='statik' must be one of 'static', 'd"),
         ({"scales": "log"}, ValueError, "scales='log' must be one of 'float', 'power_of_two'"),
         ({"calibration": "max"}, ValueError, "calibration='max' must be one of 'minmax', 'percent"),
+        ({"calibration": lambda seen: (np.nan, 1.0)}, ValueError,
+         r"calibration: the function returned \(nan, 1.0\); it must return the ends of the range"),
+        ({"calibration": lambda seen: (1.0, -1.0)}, ValueError, r"returned \(1.0, -1.0\); it must"),
+        ({"calibration": lambda seen: None}, ValueError, "the function returned None; it must ret"),
         ({"where": "*nothing*"}, ValueError, r"where='\*nothing\*' matches no kernel; they are: a"),
         ({"where": lambda path, leaf: False}, ValueError,
          r"fn has no convolution or dot product to quantize; a/kernel: left out by where="),
@@ -119,6 +123,32 @@ def test_channels_of_zeros_give_their_bias(scales):
     expected = max(float(bias), 0)
     found = (np.asarray(segments[0].result)[:, 2] - grid.zero_point) * grid.scale
     np.testing.assert_allclose(found, expected, atol=0.51 * grid.scale)
+
+
+@pytest.mark.parametrize("scales", ["float", "power_of_two"])
+@pytest.mark.parametrize("factor", [0.0, 1e-20, 1e-36, 1e-39])
+def test_a_channel_that_is_far_smaller_harms_no_other(scales, factor):
+    x = jax.random.uniform(jax.random.key(0), (32, 64), maxval=255)  # steps far from 1
+    params = {"a": {"kernel": (0.004 * normal(1, 64, 8)).at[:, 3].multiply(factor),
+                    "bias": jnp.ones(8)},
+              "b": {"kernel": normal(3, 8, 5)}}  # fmt: skip
+
+    def fn(params, x):
+        y = jax.nn.relu(x @ params["a"]["kernel"] + params["a"]["bias"])
+        return y @ params["b"]["kernel"]
+
+    small, new = int8(fn, params, [x], scales=scales)
+    assert snr(ran(small, new, x), ran(fn, params, x)) > 35
+
+
+@pytest.mark.parametrize("activations", ["static", "dynamic", "float"])
+def test_float16(activations):
+    x, w = (30 * normal(5, 16, 512)).astype("float16"), (normal(6, 512, 16) / 25).astype("float16")
+    fn = lambda params, x: x @ params["w"]
+    small, new = int8(fn, {"w": w}, [x], activations=activations)
+    found = ran(small, new, x)
+    assert found.dtype == jnp.float16
+    assert snr(found, ran(fn, {"w": w}, x)) > 35
 
 
 def test_sums_that_may_not_fit_stay_real():

@@ -36,7 +36,7 @@ def assembled(
     biases = _biases.biases(program, list(fixed.values()), leaves)
     round_ = lambda keys: _constants.kernel(leaves[keys], made.axes[keys], power)
     kernel = round_ if given is None else given.__getitem__
-    tops = {step: float(kernel(keys).scale.max()) for keys, step in fixed.items() if power}
+    tops = {step: _constants.top(kernel(keys)) for keys, step in fixed.items() if power}
     grids = _constants.coarsened(program, grids, tops)
     new = {keys: x for keys, x in leaves.items() if keys not in biases.gone}
     names: dict[Keys, ConstantKeys] = {}

@@ -63,9 +63,22 @@ def grids(
     found = []
     for number in sorted(seen):
         histogram = Histogram(*seen[number], counts.get(number, np.zeros(BINS)))
-        low, high = calibrate(histogram)
+        low, high = _ends(calibrate(histogram))
         found.append(grid(histogram, low, high, symmetric=number in symmetric, power=power))
     return found
+
+
+def _ends(found: Any) -> tuple[float, float]:
+    try:
+        low, high = map(float, found)
+    except (TypeError, ValueError):
+        low = high = np.nan
+    if not -np.inf < low <= high < np.inf:
+        raise ValueError(
+            f"calibration: the function returned {found!r}; it must return the ends of the range, "
+            "two finite numbers, the lower one first"
+        )
+    return low, high
 
 
 def _ranges(

@@ -17,6 +17,7 @@ from jaxaccel.quantize._qtensor import QTensor, quantized
 
 _MOST_BITS = 24  # of a shift: what more would lose is below half a step anyway
 _MOST_BIAS_BITS = 29
+_LEAST_UNIT = 2.0**-60  # of a bias: 2^31 of it are below half a step of float32
 _UNIT = -20  # the exponent of the bias' own unit, relative to it, where a channel has no weights
 
 
@@ -57,6 +58,13 @@ def kernel(x: Float[Array, "..."], axes: Sequence[int], power: bool) -> QTensor:
     return with_scale(x, jnp.asarray(2.0 ** exponents(x, axes), jnp.float32))
 
 
+def top(q: QTensor) -> float:
+    """The largest scale of a channel that has weights, 0 where none has."""
+    shared = tuple(i for i, size in enumerate(q.scale.shape) if size == 1)
+    alive = jnp.any(q.values != 0, axis=shared, keepdims=True)
+    return float(jnp.max(jnp.where(alive, q.scale, 0)))
+
+
 def with_scale(x: Float[Array, "..."], scale: Float[Array, "..."]) -> QTensor:
     """In 8 bits, with this scale."""
     return QTensor(_rounded(x, scale), scale, jnp.asarray(x).dtype.name)
@@ -68,6 +76,8 @@ def float_layer(
     """The numbers of a layer: its bias as it was, `result` None where it gives a real number."""
     wide = np.asarray(q.scale, np.float64)
     unit = per_output(layer.contraction, layer.kernel, wide) * data.scale
+    if bias is not None:  # beside which a smaller unit would add nothing
+        unit = np.maximum(unit, np.abs(bias) * _LEAST_UNIT)
     multiplier = unit if result is None else unit / result.scale
     whole = None if bias is None else jnp.asarray(bias / unit, jnp.float32)
     return Constants(jnp.asarray(multiplier, jnp.float32), whole)

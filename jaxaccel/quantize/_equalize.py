@@ -138,7 +138,10 @@ def _is_scalable(program: Program, layer: Layer) -> bool:
     nodes = {s.node for s in layer.tail.shifts}
     own = all(leaf in view.leaves and view.read_by(leaf) <= nodes for leaf in biases if leaf)
     whole = len(layer.kernel.outs) == 1 and None not in (*biases, *layer.kernel.outs)
-    return layer.fixed and whole and own and layer.tail.bounds in _POSITIVE
+    if not (layer.fixed and whole and own and layer.tail.bounds in _POSITIVE):
+        return False
+    channels = layer.kernel.leaf.aval.shape[layer.kernel.axes[0]]
+    return all(leaf.aval.size == max(leaf.aval.shape, default=1) == channels for leaf in biases)
 
 
 def _reader(program: Program, layer: Layer) -> Layer | None:

@@ -192,7 +192,8 @@ class _Run:
         """The scale of the kernel multiplies the result."""
         c = step.contraction
         values = moved_leaf(step.kernel, kernel.values).astype(c.kernel.aval.dtype)
-        (out,) = c.node.run(both(c, self.real(c.data), values))
+        wide = jnp.promote_types(c.node.outputs[0].aval.dtype, jnp.float32)  # float16 overflows
+        (out,) = c.node.run(both(c, self.real(c.data), values), preferred_element_type=wide)
         scales = per_channel(per_output(c, step.kernel, kernel.scale), c.labels)
         self._keep(step, (), out.astype(jnp.float32) * scales)
 
