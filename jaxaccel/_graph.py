@@ -248,6 +248,14 @@ def _bodies(name: str, params: Mapping[str, Any]) -> Sequence[Any]:
     return params["branches"] if name == "cond" else ()
 
 
+def primitives(params: Mapping[str, Any]) -> Iterator[str]:
+    """The names of what the jaxprs among the parameters of an equation hold, however deep."""
+    for value in jax.tree.leaves(dict(params)):
+        for eqn in getattr(getattr(value, "jaxpr", value), "eqns", ()):
+            yield eqn.primitive.name
+            yield from primitives(eqn.params)
+
+
 def needed(graph: Graph, outputs: Sequence[Atom] | None = None) -> Graph:
     """The graph without dead code: what its outputs (or the given ones) and effects need."""
     outputs = graph.outputs if outputs is None else list(outputs)

@@ -88,6 +88,14 @@ def test_adaround_in_int8_is_exact():
     assert snr(ran(small, new, X), ran(dense_average, DENSE, X)) > 30
 
 
+def test_biases_of_a_flat_dict():
+    params = {"a": DENSE["a"]["kernel"], "b": DENSE["b"]["kernel"]}
+    fn = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]
+    small, new = jx.quantize.int8(fn, params, [X], bias_correction=True)
+    assert new.keys() == {"a", "a_multiplier", "bias", "b", "b_multiplier", "b_bias"}
+    assert snr(ran(small, new, X), ran(fn, params, X)) > 30
+
+
 def outlier():
     """One number of the first kernel so large that the others of its channel are lost."""
     kernel = DENSE["a"]["kernel"].at[0].set(300.0)
@@ -121,6 +129,10 @@ def test_sensitivity_and_mixed_precision():
          "max_drop=-1 must be >= 0, in units of the score"),
         (lambda e: jx.quantize.mixed(dense_average, DENSE, [X], e, max_drop=1e-9),
          r"max_drop=1e-09: even ./kernel alone in 8 bits costs more; allow more, or train with jx"),
+        (lambda e: jx.quantize.mixed(dense_average, DENSE, [X], lambda *_: np.nan, max_drop=1),
+         "evaluate: gave NaN for <function dense_average.*; give a number, higher where it is bet"),
+        (lambda e: jx.quantize.sensitivity(dense_average, DENSE, [X], e, where="a*"),
+         "where: is not for sensitivity or mixed, which try each layer"),
         (lambda e: jx.quantize.int8(dense_average, DENSE, [X], rounding=cast(Any, "up")),
          "rounding='up' must be one of 'nearest', 'adaround'"),
         (lambda e: jx.quantize.int8(dense_average, DENSE, [X], activations="dynamic",

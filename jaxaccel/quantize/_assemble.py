@@ -49,6 +49,8 @@ def assembled(
         bias, at = biases.of.get(step), biases.keys.get(step)
         if keys in moved:
             bias, at = (0 if bias is None else bias) - moved[keys], at or beside(keys, "bias")
+        if at in new:  # in a flat dict, of another layer
+            at = (*keys[:-1], f"{keys[-1]}_bias")
         ends = bias, data, None if end is None else grids[end]
         if power:
             new[keys] = _constants.fitting(step, leaves[keys], new[keys], *ends)

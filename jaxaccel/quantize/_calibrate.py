@@ -98,8 +98,11 @@ def _ranges(
             found[number] = min(low, float(one.low)), max(high, float(one.high))
     for number, (low, high) in found.items():
         if low > high:
-            where = _name(traced.plan(params, first(batches))[0].program, number)
-            raise ValueError(f"batches: {where} had no numbers; pass batches that are not empty")
+            program = traced.plan(params, first(batches))[0].program
+            where, own = _name(program, number), number in program.watched.values()
+            fix = "pass batches that are not empty"
+            fix = fix if own else f"{fix}, and that enter the loop or the branch in which it stands"
+            raise ValueError(f"batches: {where} had no numbers; {fix}")
     return found
 
 

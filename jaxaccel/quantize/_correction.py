@@ -119,9 +119,9 @@ def _outs_last(c: Contraction, kernel: Array, kept: Sequence[int]) -> Array:
 def _sum(x: Int8[Array, "... terms out"]) -> Int32[Array, "... out"]:
     terms = x.shape[-2]
     whole = terms // _CHUNK * _CHUNK
-    parts = [x[..., whole:, :].astype(jnp.int32).sum(-2)] if whole < terms else []
+    parts = [x[..., whole:, :].sum(-2, dtype=jnp.int32)] if whole < terms else []
     if whole:
-        parts.append(apart(_rows, x[..., :whole, :]).astype(jnp.int32).sum(-2))
+        parts.append(apart(_rows, x[..., :whole, :]).sum(-2, dtype=jnp.int32))
     return sum(parts[1:], start=parts[0])
 
 

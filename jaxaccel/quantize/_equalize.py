@@ -5,6 +5,7 @@ a channel by, the next multiplies it with.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -136,12 +137,16 @@ def _is_scalable(program: Program, layer: Layer) -> bool:
     view = program.view
     biases = [view.origin(s.other) for s in layer.tail.shifts if s.other is not None]
     nodes = {s.node for s in layer.tail.shifts}
-    own = all(leaf in view.leaves and view.read_by(leaf) <= nodes for leaf in biases if leaf)
-    whole = len(layer.kernel.outs) == 1 and None not in (*biases, *layer.kernel.outs)
-    if not (layer.fixed and whole and own and layer.tail.bounds in _POSITIVE):
+    if len(layer.kernel.outs) != 1 or None in layer.kernel.outs:
         return False
-    channels = layer.kernel.leaf.aval.shape[layer.kernel.axes[0]]
-    return all(leaf.aval.size == max(leaf.aval.shape, default=1) == channels for leaf in biases)
+    channels = layer.kernel.leaf.shape[layer.kernel.axes[0]]
+    own = all(
+        leaf in view.leaves
+        and view.read_by(leaf) <= nodes
+        and prod(leaf.shape) == max(leaf.shape, default=1) == channels
+        for leaf in biases
+    )
+    return layer.fixed and own and layer.tail.bounds in _POSITIVE
 
 
 def _reader(program: Program, layer: Layer) -> Layer | None:

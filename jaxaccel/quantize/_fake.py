@@ -17,12 +17,11 @@ from jaxaccel.fold._view import Keys
 from jaxaccel.quantize import _calibrate, _constants
 from jaxaccel.quantize._arithmetic import HIGHEST, LOWEST, Grid
 from jaxaccel.quantize._assemble import assembled
-from jaxaccel.quantize._layers import Bounds
-from jaxaccel.quantize._plan import Choice
+from jaxaccel.quantize._layers import Bounds, Layer
 from jaxaccel.quantize._program import Program, Step, end_of, operands_of, stays_integer
 from jaxaccel.quantize._ranges import Calibration
 from jaxaccel.quantize._traced import Quantized, Traced, check_params, folded
-from jaxaccel.quantize._transform import Scales, check_option, taker
+from jaxaccel.quantize._transform import Scales, check_option, choice
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
@@ -82,7 +81,7 @@ def fake(
     check_params(fn, params)
     args = _calibrate.first(batches)
     fn, params = folded(fn, params, args)
-    traced = Traced(fn, params, Choice("static", taker(params, where)))
+    traced = Traced(fn, params, choice(fn, params, args, "static", where))
     made = traced.checked(params, args)
     grids = _calibrate.grids(traced, params, batches, method, scales == "power_of_two")
     return Fake(traced, params, args, made.axes, grids, scales == "power_of_two")
@@ -132,7 +131,8 @@ class Fake:
             leaves[keys] = rounded(x, scale, -127, 127, terms)
         scales = [self._scale(scale) for scale in tree["scales"]["activations"]]
         grids = list(zip(scales, self._zeros, strict=True))
-        results = _run(made.program, [*leaves.values(), *jax.tree.leaves(args)], grids)
+        arguments = [*leaves.values(), *jax.tree.leaves(args)]
+        results = _run(made.program, arguments, grids, self._power)
         return jax.tree.unflatten(traced.out_tree, results)
 
     def convert(self, tree: PyTree) -> tuple[Quantized, PyTree]:
@@ -173,60 +173,86 @@ class Fake:
 
 
 def rounded(
-    x: Float[Array, "..."], scale: Float[Array, "..."], low: int, high: int, terms: int
+    x: Float[Array, "..."],
+    scale: Float[Array, "..."],
+    low: int,
+    high: int,
+    terms: int,
+    nearest: Callable[[Array], Array] = jnp.round,
 ) -> Float[Array, "..."]:
     """``clip(round(x / scale), low, high) * scale``, straight through the rounding.
 
     The gradient of the scale is that of `terms` numbers, and is brought to that of one weight.
     """
-    share = 1 / np.sqrt(terms * 127)
-    scale = scale * share + jax.lax.stop_gradient(scale * (1 - share))
+    share, fixed = 1 / np.sqrt(terms * 127), jax.lax.stop_gradient(scale)
+    scale = fixed + (scale - fixed) * share  # exactly what it was
     steps = x.astype(jnp.float32) / scale
     inside = (steps >= low) & (steps <= high)  # the largest weight of a channel lies on the bound
     steps = jnp.where(inside, steps, jnp.clip(jax.lax.stop_gradient(steps), low, high))
-    steps = steps + jax.lax.stop_gradient(jnp.round(steps) - steps)
+    steps = steps + jax.lax.stop_gradient(nearest(steps) - steps)
     return (steps * scale).astype(x.dtype)
 
 
+def _halves_up(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.floor(x + 0.5)
+
+
 def _run(
-    program: Program, arguments: Sequence[Any], grids: Sequence[tuple[Array, int]]
+    program: Program,
+    arguments: Sequence[Any],
+    grids: Sequence[tuple[Array, int]],
+    power: bool,
 ) -> list[Any]:
-    """Runs the graph; what is in 8 bits of `int8` is rounded to its grid."""
+    """Runs the graph; what is in 8 bits of `int8` is rounded to its grid, halves as there."""
     graph = program.view.graph
     values: dict[Value, Any] = dict(graph.constants)
     values.update(zip(graph.inputs, arguments, strict=True))
-    ends = {end_of(s) for s in program.steps.values() if stays_integer(s)} & {*program.integers}
+    steps = [s for s in program.steps.values() if stays_integer(s)]
+    ends = {end_of(s): s for s in steps if end_of(s) in program.integers}
 
     def read(atom: Atom, step: Step | None) -> Any:
         if not isinstance(atom, Value):
             return atom.val
         reads = step is not None and program.runs(step) and atom in operands_of(step)
         if reads and atom in program.integers and atom not in ends:
-            return _on_grid(program, atom, values[atom], grids)
+            return _on_grid(program, atom, values[atom], grids, jnp.round)
         return values[atom]
 
     for node in graph.nodes:
         operands = [read(atom, program.steps.get(node)) for atom in node.inputs]
-        results = _entered(program, node, operands, grids)
+        results = _entered(program, node, operands, grids, power)
         for value, x in zip(node.outputs, results, strict=True):
-            values[value] = _on_grid(program, value, x, grids) if value in ends else x
+            if value in ends:
+                shifted = power or not isinstance(ends[value], Layer)
+                x = _on_grid(program, value, x, grids, _halves_up if shifted else jnp.round)
+            values[value] = x
     return [read(atom, None) for atom in graph.outputs]
 
 
-def _on_grid(program: Program, value: Value, x: Array, grids: Sequence[tuple[Array, int]]) -> Array:
+def _on_grid(
+    program: Program,
+    value: Value,
+    x: Array,
+    grids: Sequence[tuple[Array, int]],
+    nearest: Callable[[Array], Array],
+) -> Array:
     scale, zero = grids[program.integers[value]]
     x = jnp.clip(x, *program.bounds.get(value, Bounds()))
-    return rounded(x, scale, LOWEST - zero, HIGHEST - zero, prod(x.shape[1:]))
+    return rounded(x, scale, LOWEST - zero, HIGHEST - zero, prod(x.shape[1:]), nearest)
 
 
 def _entered(
-    program: Program, node: Node, operands: list[Any], grids: Sequence[tuple[Array, int]]
+    program: Program,
+    node: Node,
+    operands: list[Any],
+    grids: Sequence[tuple[Array, int]],
+    power: bool,
 ) -> Sequence[Any]:
     """The results of a node, of a loop with what is rounded in it."""
     if node not in program.bodies:
         return node.run(operands)
     bodies: list[Callable[..., list[Any]]] = [
-        lambda *args, body=body: _run(body, args, grids) for body in program.bodies[node]
+        lambda *args, body=body: _run(body, args, grids, power) for body in program.bodies[node]
     ]
     if node.name == "while":
         bodies.insert(0, lambda *args: run(node.bodies[0], args))

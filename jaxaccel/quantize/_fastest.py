@@ -38,7 +38,8 @@ def fastest(
     """
     made = traced.plan(params, args)[0]
     slow = _slow(traced, params, args, power, progress)
-    every = dict.fromkeys(made.axes, "the whole call is faster so on this device") | slow
+    names = (*made.axes, *made.products)
+    every = dict.fromkeys(names, "the whole call is faster so on this device") | slow
     ways = {FLOAT: every, ALL: {}, CHOSEN: slow}
     if not slow or slow.keys() == every.keys():
         del ways[CHOSEN]

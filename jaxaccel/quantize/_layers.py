@@ -63,10 +63,6 @@ class Tail:
     end: Value
     labels: Labels
 
-    @property
-    def nodes(self) -> tuple[Node, ...]:
-        return (*self.moves, *(s.node for s in self.shifts))
-
 
 @dataclass(frozen=True, eq=False)
 class Layer:

@@ -1,6 +1,7 @@
 """Which layers cost accuracy in 8 bits, and which to leave in floating point for it."""
 
 from collections.abc import Callable, Iterable
+from math import isnan
 from typing import Any, NamedTuple
 
 from jaxtyping import PyTree
@@ -14,7 +15,7 @@ from jaxaccel.quantize._transform import int8
 Evaluate = Callable[[Callable, PyTree], float]
 
 
-class Layer(NamedTuple):
+class Cost(NamedTuple):
     """What one kernel in 8 bits costs: `score` with it alone, and the `drop` from the original."""
 
     kernel: str
@@ -26,7 +27,7 @@ class Sensitivity(NamedTuple):
     """Of each layer, the most sensitive first; printed, a table."""
 
     original: float
-    layers: tuple[Layer, ...]
+    layers: tuple[Cost, ...]
 
     def __str__(self) -> str:
         """A table."""
@@ -52,21 +53,31 @@ def sensitivity(
     Raises:
         TypeError, ValueError: as `int8`.
     """
+    if "where" in options:
+        raise ValueError("where: is not for sensitivity or mixed, which try each layer")
     check_params(fn, params)
     fn, params = folded(fn, params, first(batches))
-    original = float(evaluate(fn, params))
+    original = _score(evaluate, fn, params)
     found = []
     for path in kernels(fn, params, batches):
         one = int8(fn, params, batches, where=lambda p, leaf, path=path: p == path, **options)
-        score = float(evaluate(*one))
-        found.append(Layer(path, score, original - score))
+        score = _score(evaluate, *one)
+        found.append(Cost(path, score, original - score))
     return Sensitivity(original, tuple(sorted(found, key=lambda row: -row.drop)))
 
 
+def _score(evaluate: Evaluate, fn: Callable, params: PyTree) -> float:
+    score = float(evaluate(fn, params))
+    if isnan(score):
+        raise ValueError(f"evaluate: gave NaN for {fn!r}; give a number, higher where it is better")
+    return score
+
+
 def kernels(fn: Callable, params: PyTree, batches: Iterable[Any]) -> list[str]:
-    """The paths of the kernels that `int8` would take."""
+    """The paths of the kernels, and the names of the products, that `int8` would take."""
     traced = Traced(fn, params, Choice("static", lambda keys: True))
-    return ["/".join(keys) for keys in traced.checked(params, first(batches)).axes]
+    made = traced.checked(params, first(batches))
+    return ["/".join(keys) for keys in (*made.axes, *made.products)]
 
 
 def mixed(
@@ -108,7 +119,7 @@ def mixed(
             fn, params, batches, where=lambda p, leaf: p in order and p not in left, **options
         )
 
-    fits = lambda one: found.original - float(evaluate(*one)) <= max_drop
+    fits = lambda one: found.original - _score(evaluate, *one) <= max_drop
     best = without(0)
     if fits(best):
         return best

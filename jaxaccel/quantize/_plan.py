@@ -7,9 +7,10 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple, TypeAlias
 
 from jaxaccel._dataflow import flatten
-from jaxaccel._graph import Graph, Node, Value, loop, values_of
+from jaxaccel._graph import Atom, Graph, Node, Value, loop, primitives, values_of
 from jaxaccel.fold._view import Keys, View, floating, moves, view
 from jaxaccel.quantize._layers import (
+    CONTRACTIONS,
     MOST_TERMS,
     Bounds,
     Layer,
@@ -37,7 +38,10 @@ from jaxaccel.quantize._program import (
 Activations: TypeAlias = Literal["static", "dynamic", "float"]
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 _LOOPS = ("scan", "while", "cond")
+_OTHERS = ("ragged_dot", "ragged_dot_general")  # products without a form on integers
 _MOST_SUMMED = 2**15
+# By which a parameter is read in part.
+_PICKS = {"dynamic_slice", "gather", "reshape", "slice"}
 # These neither compute nor choose by what an integer stands for.
 _SAME = {
     *("copy", "copy_p", "reduce_max", "reduce_window_max", "reshape", "rev", "slice", "squeeze"),
@@ -49,8 +53,8 @@ class Choice(NamedTuple):
     """What is asked for.
 
     Attributes:
-        takes: whether the kernel of a path is to be quantized.
-        left: kernels that are not, with the reason.
+        takes: whether the kernel of a path, or the product of a name, is to be quantized.
+        left: those that are not, with the reason.
     """
 
     activations: Activations
@@ -60,18 +64,26 @@ class Choice(NamedTuple):
 
 @dataclass(eq=False)
 class Plan:
-    """A program with the axes along which each kernel is scaled, and the number of its grids."""
+    """A program with the axes along which each kernel is scaled, and the number of its grids.
+
+    `products` are the names of the products of data with data.
+    """
 
     program: Program
     axes: dict[Keys, tuple[int, ...]]
     grids: int
+    products: list[Keys]
 
 
 class Leaf(NamedTuple):
-    """A parameter as a graph reads it: in a loop, without the axes that are scanned over."""
+    """A parameter as a graph reads it: in a loop, without the axes that are scanned over.
+
+    Where `computed`, what a loop reads of values that were computed from parameters outside of it.
+    """
 
     keys: Keys
     scanned: int = 0
+    computed: bool = False
 
 
 def plan(graph: Graph, leaves: Mapping[Value, Keys], choice: Choice) -> Plan:
@@ -79,15 +91,16 @@ def plan(graph: Graph, leaves: Mapping[Value, Keys], choice: Choice) -> Plan:
     builder = _Builder(choice)
     own = {value: Leaf(keys) for value, keys in leaves.items()}
     made = builder.build(graph, own, choice.activations == "static")
-    return Plan(made, builder.axes, builder.grids)
+    return Plan(made, builder.axes, builder.grids, builder.products)
 
 
 class _Builder:
     """Gives the grids of a graph and of its loops their numbers, in one order."""
 
     def __init__(self, choice: Choice) -> None:
-        self.choice, self.grids = choice, 0
+        self.choice, self.grids, self.met = choice, 0, 0
         self.axes: dict[Keys, tuple[int, ...]] = {}
+        self.products: list[Keys] = []
 
     def build(self, graph: Graph, leaves: Mapping[Value, Leaf], fixed: bool) -> Program:
         v = view(flatten(graph, _CUSTOM), {value: leaf.keys for value, leaf in leaves.items()})
@@ -103,7 +116,10 @@ class _Builder:
         if self.choice.activations == "static":
             self._number(found)
         for node in v.graph.nodes:
-            if node.name in _LOOPS and not v.known.issuperset(node.outputs):
+            if v.known.issuperset(node.outputs):
+                continue
+            found.left += _not_entered(node)
+            if node.name in _LOOPS:
                 bodies = (self.build(b, _inner(v, node, b, places, leaves), False)
                           for b, places in _operands(node))  # fmt: skip
                 found.bodies[node] = tuple(bodies)
@@ -114,19 +130,34 @@ class _Builder:
     ) -> Step | Left:
         step = layer(v, node, fixed)
         if step is None:
-            return _product(v, node, self.choice.activations)
+            return self._product(v, node)
         if isinstance(step, Left):
             return step
         leaf = leaves[step.kernel.leaf]
         path = "/".join(leaf.keys)
-        if not self.choice.takes(leaf.keys):
-            return Left(path, node.source, "left out by where=")
-        if leaf.keys in self.choice.left:
-            return Left(path, node.source, self.choice.left[leaf.keys])
+        reason = f"its kernel is computed from {path}" if leaf.computed else self._why(leaf.keys)
+        if reason:
+            return Left(path, node.source, reason)
         axes = (*range(leaf.scanned), *(axis + leaf.scanned for axis in step.kernel.axes))
         if self.axes.setdefault(leaf.keys, axes) != axes:
             return Left(path, node.source, "its kernel is scaled along other axes elsewhere")
         return replace(step, tail=_limited(v, step.tail)) if step.fixed else step
+
+    def _product(self, v: View, node: Node) -> Step | Left:
+        name = f"{node.name}_{self.met}"
+        step = _product(v, node, name, self.choice.activations)
+        if isinstance(step, Left):
+            return step
+        self.met += 1
+        reason = self._why((name,))
+        if reason:
+            return Left(name, node.source, reason)
+        self.products.append((name,))
+        return step
+
+    def _why(self, keys: Keys) -> str:
+        """Why it is not to be quantized; nothing if it is."""
+        return self.choice.left.get(keys, "") if self.choice.takes(keys) else "left out by where="
 
     def _number(self, found: Program) -> None:
         """Gives every value in 8 bits its grid; values that are moved or joined share one."""
@@ -192,13 +223,17 @@ def _wanted(found: Program) -> set[Value]:
     return wanted
 
 
-def _product(v: View, node: Node, activations: Activations) -> Step | Left:
+def _product(v: View, node: Node, name: str, activations: Activations) -> Product | Left:
     first, second = node.inputs
     known = not isinstance(first, Value) or not isinstance(second, Value)
     if known or v.knows(first) or v.knows(second):
         return Left(node.name, node.source, "an operand is a constant")
     assert isinstance(first, Value)
     assert isinstance(second, Value)
+    picked = v.sources([*_picked(v, first), *_picked(v, second)])
+    if picked:
+        paths = ", ".join("/".join(v.leaves[leaf]) for leaf in picked)
+        return Left(paths, node.source, "the data decide which part of it is its kernel")
     if activations == "float":
         return Left(node.name, node.source, "it has no kernel, and activations are float")
     if node.name != "dot_general":
@@ -208,7 +243,30 @@ def _product(v: View, node: Node, activations: Activations) -> Step | Left:
         return Left(node.name, node.source, f"operands of {first.aval.dtype}, {second.aval.dtype}")
     if not isinstance(terms, int) or terms > MOST_TERMS:
         return Left(node.name, node.source, f"a sum of {terms} products may not fit 32 bits")
-    return Product(node, (first, second))
+    return Product(node, (first, second), name)
+
+
+def _picked(v: View, value: Atom) -> list[Value]:
+    """The value of which this is a part, if that is known and only the place of the part is not."""
+    while isinstance(value, Value) and not v.knows(value):
+        maker = v.makers.get(value)
+        if maker is None or not (moves(maker) or maker.name in _PICKS):
+            return []
+        value = maker.inputs[0]
+    return [value] if isinstance(value, Value) else []
+
+
+def _not_entered(node: Node) -> Iterator[Left]:
+    """The products that stay what they are because of where they stand, or of their kind."""
+    if node.name in _OTHERS:
+        yield Left(node.name, node.source, "there is none on integers")
+    params, place = node.params, f"it stands inside of a {node.name}"
+    if node.name == "while":
+        params, place = {"": params["cond_jaxpr"]}, "it stands in the condition of a while loop"
+    if node.name not in ("scan", "cond"):
+        for name in primitives(params):
+            if name in (*CONTRACTIONS, *_OTHERS):
+                yield Left(name, node.source, place)
 
 
 def _between(found: Program) -> None:
@@ -313,8 +371,13 @@ def _inner(
     first = len(node.inputs) if node.name != "scan" else sum(loop(node)[::2])
     for value, place in zip(body.inputs, places, strict=True):
         atom = None if place is None else node.inputs[place]
-        if isinstance(atom, Value) and atom in leaves:
-            assert place is not None
-            keys, scanned = leaves[atom]
-            found[value] = Leaf(keys, scanned + (place >= first))
+        if not isinstance(atom, Value) or not v.knows(atom):
+            continue
+        assert place is not None
+        if atom in leaves:
+            found[value] = leaves[atom]._replace(scanned=leaves[atom].scanned + (place >= first))
+        else:
+            sources = v.sources([atom])
+            names = ", ".join("/".join(v.leaves[leaf]) for leaf in sources)
+            found[value] = Leaf((names or "a constant",), computed=True)
     return found

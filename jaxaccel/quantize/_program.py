@@ -15,6 +15,7 @@ class Product(NamedTuple):
 
     node: Node
     operands: tuple[Value, Value]
+    name: str
 
 
 class Sum(NamedTuple):

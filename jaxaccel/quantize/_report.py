@@ -15,7 +15,7 @@ class Row(NamedTuple):
     """A convolution or dot product on integers: what it reads and in what form it leaves.
 
     Attributes:
-        where: the path of its kernel, or the name of the primitive.
+        where: the path of its kernel; without one, the name of the primitive and a number.
         source: the line that made it.
         data: the grid of what it reads; None where it is taken from each batch.
         result: the grid of what leaves, None where that is a real number.
@@ -64,7 +64,7 @@ def report(made: Plan, grids: Sequence[Grid]) -> Report:
                 rows.append(Row(path, step.contraction.node.source, of.get(data), of.get(end)))
             elif isinstance(step, Product):
                 data = of.get(step.operands[0])
-                rows.append(Row(step.node.name, step.node.source, data, None))
+                rows.append(Row(step.name, step.node.source, data, None))
     return Report(tuple(rows), tuple(left))
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 from jaxtyping import PyTree
 
 from jaxaccel._progress import Tracked
 from jaxaccel._select import Where, select
 from jaxaccel.fold._transform import keyed
-from jaxaccel.fold._view import Keys
 from jaxaccel.quantize import _calibrate, _fastest, _rounding
 from jaxaccel.quantize._assemble import assembled
 from jaxaccel.quantize._plan import Activations, Choice
@@ -18,6 +18,7 @@ from jaxaccel.quantize._traced import Quantized, Traced, check_params, folded
 Scales: TypeAlias = Literal["float", "power_of_two"]
 Rounding: TypeAlias = Literal["nearest", "adaround"]
 Mode: TypeAlias = Literal["all", "fastest"]
+_NONE = np.zeros((0, 0), np.float32)  # the leaf of a product of data with data
 
 
 def int8(
@@ -46,8 +47,8 @@ def int8(
         fn: ``fn(params, *args)``; inference.
         params: a pytree of arrays.
         batches: the arguments of `fn` for calibration: an iterable of tuples ``(x, ...)``, or of
-            single arguments. Read twice, unless `calibration` is "minmax"; where activations are
-            not static only the first is read.
+            single arguments. Read anew for every pass: one for the shapes, one or two for the
+            ranges, one for each tool; where activations are not static only the first is read.
         activations: "static"; "dynamic": the range is taken from each row (dot product) or each
             image (convolution) at run time, and every layer returns real numbers; "float":
             kernels alone are in 8 bits.
@@ -60,8 +61,9 @@ def int8(
             descent for each layer. Static activations only, as the next.
         bias_correction: whether the average by which rounded kernels move each channel of a
             layer's result, over `batches`, is taken from its bias.
-        where: which kernels: a glob over paths, a predicate ``(path, leaf) -> bool``, or a mapping
-            from globs to True or False; all by default.
+        where: which layers: a glob over the paths of kernels, a predicate ``(path, leaf) -> bool``,
+            or a mapping from globs to True or False; all by default. A product of data with data
+            (attention) goes by its name in the report, ``dot_general_0``, and an empty array.
         mode: "all"; "fastest": each layer is timed on this device, for the shapes of the first
             batch, on integers and in floating point, each in its fastest form (`jx.autotune`). The
             slower ones stay as they were, with their times in the report; the whole call is timed
@@ -110,7 +112,7 @@ def int8(
     check_params(fn, params)
     first = _calibrate.first(batches)
     fn, params = folded(fn, params, first)
-    traced = Traced(fn, params, Choice(activations, taker(params, where)))
+    traced = Traced(fn, params, choice(fn, params, first, activations, where))
     made = traced.checked(params, first)
     power, seconds = scales == "power_of_two", {}
     if mode == "fastest":
@@ -134,10 +136,15 @@ def check_option(name: str, value: str, known: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}")
 
 
-def taker(params: PyTree, where: Where | None) -> Callable[[Keys], bool]:
-    """Whether the kernel at a path is to be quantized."""
+def choice(
+    fn: Callable, params: PyTree, args: Sequence[Any], activations: Activations, where: Where | None
+) -> Choice:
+    """The layers that `where` chooses."""
+    every = Choice(activations, lambda keys: True)
     if where is None:
-        return lambda keys: True
+        return every
     leaves = {"/".join(keys): leaf for keys, leaf in keyed(params).items()}
+    for keys in Traced(fn, params, every).plan(params, args)[0].products:
+        leaves["/".join(keys)] = _NONE
     chosen = set(select(leaves, where, lambda path, leaf: True))
-    return lambda keys: "/".join(keys) in chosen
+    return every._replace(takes=lambda keys: "/".join(keys) in chosen)
