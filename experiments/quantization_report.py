@@ -250,7 +250,9 @@ def plot(path: Path, found: dict[str, Runs]) -> None:
             axes.scatter(each, [place] * len(each), s=12, color="C1", alpha=0.7, zorder=3)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_xscale("symlog", linthresh=1)
-        axes.set_xticks([-4, -2, -1, -0.5, 0, 0.5, 1], ["-4", "-2", "-1", "", "0", "", "1"])
+        marks = [-10, -3, -1, -0.5, 0, 0.5, 1]
+        axes.set_xticks(marks, [str(mark) if mark % 1 == 0 else "" for mark in marks])
+        axes.set_xlim(-25, 1)
         axes.set_yticks(range(len(shown)), shown)
         axes.set_xlabel("points of test accuracy from float32")
         axes.set_title(name, fontsize=10)

@@ -14,7 +14,7 @@ TABLES = (
     "pruning",
     "pruning_peer",
 )
-FIRST = ("benchmark",)
+FIRST = ("benchmark", "quantization")
 
 
 def test_code_runs(capsys, monkeypatch, tmp_path):
