@@ -125,6 +125,9 @@ def torch_model(problem: Problem, torch: Any, models: Any) -> Any:
         "resnet18": lambda: models.resnet18(weights=None, num_classes=CLASSES),
     }
     model = made[problem.case.network]()
+    if problem.case.network == "mobilenet":
+        strides: Any = problem.module.conv1.strides  # pyright: ignore[reportAttributeAccessIssue]
+        model.features[0][0].stride = np.broadcast_to(strides, 2).tolist()
     kinds = (torch.nn.BatchNorm2d, torch.nn.Conv2d, torch.nn.Linear)
     peers = [layer for layer in model.modules() if isinstance(layer, kinds)]
     for values, peer in zip(layer_values(problem), peers, strict=True):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 # No deadline: the first example of each shape pays for a compilation.
-settings.register_profile("jaxaccel", deadline=None, max_examples=15, print_blob=True)
+settings.register_profile("jaxaccel", deadline=None, max_examples=10, print_blob=True)
 settings.load_profile("jaxaccel")
 
 

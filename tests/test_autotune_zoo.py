@@ -10,7 +10,7 @@ from jaxaccel._tuned import untuned
 from tests.models import ZOO, tiers
 
 
-@pytest.mark.parametrize("case", tiers(ZOO))
+@pytest.mark.parametrize("case", tiers(ZOO, ("mobilenet", "resnet20")))
 def test_the_zoo_by_rules_equals_itself_without_forms(case):
     fn, params = case.build()
     x = case.images()

@@ -79,7 +79,9 @@ def close(actual, expected, tolerance: float) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.full if n == "mobilenet" else ()) for n in CASES]
+)
 def test_same_outputs_and_exact_counts_over_the_zoo(name):
     fn, params, folded, new = built(name)
     x = CASES[name].images()

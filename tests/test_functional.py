@@ -23,7 +23,7 @@ def small_model() -> nnx.Module:
     return jx.nn.ConvReLU(1, 3, batch_norm=True, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("case", ZOO[1:], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", tiers(ZOO[1:]))
 def test_inference_equals_the_model(case):
     fn, params = case.build()
     x = case.images()

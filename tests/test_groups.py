@@ -54,7 +54,7 @@ def check_network(network: Any, seed: int) -> tuple[int, int]:
 
 
 def test_random_networks():
-    random_networks(count=60, steps=6, prunable=0.45)  # 0.55 to 0.71 in four runs of 300
+    random_networks(count=40, steps=6, prunable=0.45)  # 0.55 to 0.71 in four runs of 300
 
 
 @pytest.mark.full

@@ -91,7 +91,7 @@ def placed(shape, spec, first):
     return [names[c] for c in spec]
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(convolutions(), st.sampled_from([(-1, 0), (0, 1), (-1, 1), (-0.1, 1), (-1, 0.02), (0, 0)]),
        st.sampled_from(["float", "power_of_two"]), st.integers(0, 9))  # fmt: skip
 def test_drawn_convolutions(drawn, limits, scales, seed):

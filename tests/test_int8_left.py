@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
@@ -88,17 +87,12 @@ def test_products_go_by_a_name():
         ("dot_general_1", ["dot_general_1"]),
         ({"*_0": False, "*": True}, ["a/kernel", "dot_general_1", "o/kernel"]),
     ):
-        small, new = int8(fn, params, X, where=where)
+        small, _ = int8(fn, params, X, where=where)
         assert read(small.report.rows) == taken
         assert {one.reason for one in small.report.left} == {"left out by where="}
     found = jx.quantize.sensitivity(fn, params, [X], lambda fn, params: 1.0)
     names = {"a/kernel", "dot_general_0", "dot_general_1", "o/kernel"}
     assert {row.kernel for row in found.layers} == names
-    small, new = jx.quantize.mixed(
-        fn, params, [X], lambda fn, params: -len(getattr(fn, "report", ([],))[0]), max_drop=2
-    )
-    assert len(small.report.rows) == 2
-    np.testing.assert_allclose(ran(small, new, X), ran(fn, params, X), rtol=0.2, atol=0.2)
 
 
 def test_a_branch_that_calibration_does_not_take():

@@ -75,10 +75,9 @@ def quantized(network, scales):
     ("network", "scales"),
     [
         (Residual, "float"),
-        (Separable, "power_of_two"),
         *(pytest.param(ConvNet, s, marks=pytest.mark.full) for s in ("float", "power_of_two")),
         pytest.param(Residual, "power_of_two", marks=pytest.mark.full),
-        pytest.param(Separable, "float", marks=pytest.mark.full),
+        *(pytest.param(Separable, s, marks=pytest.mark.full) for s in ("float", "power_of_two")),
     ],
 )
 def test_by_rules_the_outputs_are_the_same(network, scales):

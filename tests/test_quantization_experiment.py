@@ -51,6 +51,7 @@ def trial(tmp_path_factory):
         yield rows.Trial("tiny", 0, splits, 1, tmp_path_factory.mktemp("kept"))
 
 
+@pytest.mark.full
 def test_a_training_is_kept_and_its_rows_are_not_made_twice(trial, tmp_path, monkeypatch):
     peers = quantization_peers
     for table in (rows.LATER, peers.QWIX, peers.ONNXRUNTIME, peers.ONNXRUNTIME_LATER):
@@ -85,6 +86,7 @@ def test_the_hard_case_is_the_same_function(trial):
     assert snr(rows.compiled(rows.hard_equalized(trial))(IMAGES), real) > 30
 
 
+@pytest.mark.full
 def test_results_of_layers_are_those_of_the_float_network_but_for_noise(trial):
     real = quantization_layers.outputs(quantization_peers.plain_module(trial), IMAGES)
     pair = rows.ROWS["int8"](trial)
