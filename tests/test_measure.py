@@ -16,7 +16,7 @@ from jax import ShapeDtypeStruct as Struct
 from rich.console import Console
 from scipy import stats
 
-from jaxaccel import measure
+from jaxaccel import _progress, measure
 from jaxaccel.measure import _compare, _cost
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -284,12 +284,12 @@ def test_compare_refuses(candidates, options, error, message):
 def test_the_bar_shows_only_in_a_long_measurement(monkeypatch, show, seconds):
     screen, times = io.StringIO(), iter([0, seconds, seconds])
     terminal = lambda stderr: Console(file=screen, force_terminal=stderr)
-    monkeypatch.setattr(_compare, "Console", terminal)
-    monkeypatch.setattr(_compare, "time", SimpleNamespace(monotonic=lambda: next(times)))
-    with _compare._progress(2, show) as tick:
+    monkeypatch.setattr(_progress, "Console", terminal)
+    monkeypatch.setattr(_progress, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    with _progress.bar(show, "measuring", 2) as tick:
         tick()
         tick()
-    assert ("measuring" in screen.getvalue()) == (show and seconds > 2)
+    assert ("measuring" in screen.getvalue()) == (show and seconds > 1)
 
 
 def fake(*ratios: float, name: str = "candidate") -> measure.Comparison:

@@ -10,7 +10,7 @@ from jaxaccel._dataflow import flatten, needed
 from jaxaccel._graph import Graph, Node, Value, trace
 from jaxaccel.fold._contractions import spread
 from jaxaccel.fold._match import Matches
-from jaxaccel.fold._view import Keys, Labels, View
+from jaxaccel.fold._view import Keys, Labels, View, check_free
 
 
 class End(NamedTuple):
@@ -69,7 +69,8 @@ def rewrite(v: View, matches: Matches, avals: Mapping[Keys, Any]) -> tuple[Graph
     outputs = [rename(atom) for atom in v.graph.outputs]
     graph = needed(flatten(Graph(v.graph.inputs, nodes, outputs, v.graph.constants)))
     leaves = {v.leaves[leaf]: leaf for leaf in _kept(v, graph)}
-    _check(new, leaves)
+    for keys in new:
+        check_free(keys, leaves, "a new bias")
     inputs = [value for value in graph.inputs if value not in v.leaves]
     leaves |= new
     return Graph([*leaves.values(), *inputs], graph.nodes, graph.outputs, graph.constants), [
@@ -115,14 +116,3 @@ def _once(paths: Sequence[Keys]) -> Sequence[Keys]:
                 "dict of its own"
             )
     return paths
-
-
-def _check(new: Mapping[Keys, Value], kept: Mapping[Keys, Value]) -> None:
-    for keys in new:
-        for other in kept:
-            if keys[: len(other)] == other[: len(keys)]:
-                raise ValueError(
-                    f"{'/'.join(keys)}: a new bias needs this path, but "
-                    f"{'/'.join(other) or 'the only array'} stands there; rename that leaf, or put "
-                    "each kernel in a dict of its own"
-                )

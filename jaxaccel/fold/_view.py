@@ -110,6 +110,17 @@ def beside(keys: Keys, name: str) -> Keys:
     return (*keys[:-1], f"{parent}{slash}{name}")
 
 
+def check_free(keys: Keys, taken: Iterable[Keys], what: str) -> None:
+    """Raises a ValueError where a leaf stands at this path, below it or above it."""
+    for other in taken:
+        if keys[: len(other)] == other[: len(keys)]:
+            raise ValueError(
+                f"{'/'.join(keys)}: {what} needs this path, but "
+                f"{'/'.join(other) or 'the only array'} stands there; rename that leaf, or put "
+                "each kernel in a dict of its own"
+            )
+
+
 def floating(atom: Atom) -> bool:
     return jnp.issubdtype(getattr(atom.aval, "dtype", bool), jnp.floating)
 

@@ -15,9 +15,8 @@ from datetime import date
 from typing import Any, NamedTuple
 
 import jax
-from rich.console import Console
-from rich.progress import Progress
 
+from jaxaccel._progress import bar
 from jaxaccel._table import Style, table
 from jaxaccel.measure._cost import parameter_size
 
@@ -142,7 +141,7 @@ def compare(
     args = jax.device_put(args)
     calls = {name: _compiled_call(fn, params, args) for name, (fn, params) in candidates.items()}
     outputs = [jax.block_until_ready(call()) for call in calls.values()]
-    with _progress(rounds, show) as tick:
+    with bar(show, "measuring", rounds) as tick:  # drawn between the rounds alone
         seconds = _interleave(calls, rounds, min_time, tick=tick)
     found = Comparison(
         rows=tuple(_row(name, seconds, baseline, candidates[name][1]) for name in candidates),
@@ -241,26 +240,6 @@ def _garbage_collection_off() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-@contextmanager
-def _progress(rounds: int, show: bool) -> Iterator[Callable[[], None]]:
-    """A function to call after each round; the bar is drawn then only, never during a sample."""
-    bar = Progress(console=Console(stderr=True), auto_refresh=False, transient=True)
-    task, start = bar.add_task("measuring", total=rounds), time.monotonic()
-    visible = show and bar.console.is_terminal
-
-    def tick() -> None:
-        bar.advance(task)
-        if visible and time.monotonic() - start > 2:
-            bar.start()
-            bar.refresh()
-
-    try:
-        yield tick
-    finally:
-        if visible and bar.live.is_started:
-            bar.stop()
 
 
 def _row(name: str, seconds: Mapping[str, list[float]], baseline: str, params: Any) -> Row:

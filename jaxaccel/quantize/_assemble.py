@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxaccel.fold._transform import keyed, nested
-from jaxaccel.fold._view import Keys, beside
+from jaxaccel.fold._view import Keys, beside, check_free
 from jaxaccel.quantize import _biases, _constants
 from jaxaccel.quantize._arithmetic import Grid
 from jaxaccel.quantize._execute import Constants
@@ -73,11 +73,5 @@ def _store(new: dict[Keys, Any], names: ConstantKeys, found: Constants) -> None:
     for keys, x in zip(names, found, strict=True):
         if keys is None:
             continue
-        for other in new:
-            if keys[: len(other)] == other[: len(keys)]:
-                raise ValueError(
-                    f"{'/'.join(keys)}: the quantized layer needs this path, but "
-                    f"{'/'.join(other) or 'the only array'} stands there; rename that leaf, or put "
-                    "each kernel in a dict of its own"
-                )
+        check_free(keys, new, "the quantized layer")
         new[keys] = x
