@@ -89,7 +89,7 @@ def records(args: Namespace, splits: jx.data.Splits) -> list[dict[str, Any]]:
         wanted = {"network": name, "seed": seed, "settings": settings}
         run = next((run for run in stored if run.items() >= wanted.items()), None)
         if run is None:
-            run = wanted | {"rows": {}}
+            run = wanted | {"machine": common.machine_line(), "rows": {}}
             stored.append(run)
         trial = Trial(name, seed, splits, epochs, args.keep)
         if args.report:

@@ -139,7 +139,7 @@ def hlo(text: str | None) -> dict[str, int]:
 def sensitivity(trial: Trial) -> dict[str, Any]:
     """What each kernel alone in 8 bits costs on validation images, and what `mixed` leaves."""
     job = mnist.Job(trial.splits, 1, trial.seed, progress=False)
-    found: dict[str, Any] = {"max_drop": MAX_DROP, "layers": {}}
+    found: dict[str, Any] = {"machine": common.machine_line(), "max_drop": MAX_DROP, "layers": {}}
 
     def evaluate(fn: Any, params: Any) -> float:
         score = validated(job, mnist.Network("", fn, params, "", []))

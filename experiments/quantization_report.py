@@ -45,7 +45,7 @@ def write(stem: Path, runs: Runs, about: str) -> None:
     """Print the tables; write them beside their figures and the pictures."""
     names = dict.fromkeys(run["network"] for run in runs)
     found = {name: [run for run in runs if run["network"] == name] for name in names}
-    head = f"{about}; {common.machine_line()}"
+    head = f"{about}; {machines(runs)}"
     results = {
         "about": head,
         "targets": {name: targets(name, each) for name, each in found.items()},
@@ -55,6 +55,11 @@ def write(stem: Path, runs: Runs, about: str) -> None:
     common.write(stem, partial(page, found, head), results)
     plot(stem.with_suffix(".png"), found)
     plot_layers(stem.with_name(f"{stem.name}-layers.png"), found)
+
+
+def machines(runs: Runs) -> str:
+    """Those that the networks were trained on."""
+    return "; ".join(dict.fromkeys(run["machine"] for run in runs))
 
 
 def rows(runs: Runs) -> list[str]:
@@ -230,8 +235,8 @@ def sensitivity_words(found: dict[str, Runs]) -> Iterable[str]:
             left = ", ".join(one["left"]) or "none"
             yield (
                 f"{name}, mixed (powers of two, min-max, at most {one['max_drop']} points on "
-                f"validation images, first seed): {one['on integers']} layers on integers; left "
-                f"in floating point: {left}."
+                f"validation images, first seed; {one['machine']}): {one['on integers']} layers "
+                f"on integers; left in floating point: {left}."
             )
 
 
@@ -260,7 +265,7 @@ def plot(path: Path, found: dict[str, Runs]) -> None:
     panels[0].invert_yaxis()
     figure.suptitle(
         "cluttered digits: mean and 95% interval (blue), each seed (orange); linear up to 1\n"
-        f"{common.machine_line()}",
+        f"{machines(sum(found.values(), []))}",
         fontsize=8,
     )
     figure.savefig(path, dpi=130)
@@ -291,5 +296,5 @@ def plot_layers(path: Path, found: dict[str, Runs]) -> None:
             panel.xaxis.get_major_locator().set_params(integer=True)
             panel.grid(alpha=0.3)
     figure.suptitle(f"cluttered digits; above: mean of the seeds, below: the first seed\n"
-                    f"{common.machine_line()}", fontsize=8)  # fmt: skip
+                    f"{machines(sum(found.values(), []))}", fontsize=8)  # fmt: skip
     figure.savefig(path, dpi=130)

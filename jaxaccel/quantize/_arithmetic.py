@@ -2,7 +2,7 @@
 
 XLA may contract ``a * b + c`` into one rounding and computes ``a / b`` otherwise than NumPy does.
 So no expression here has a product before a sum, or a quotient: each rounds once, the same on
-every backend and in `tests/oracles.py`.
+every backend and in `tests/int8_reference.py`.
 """
 
 from collections.abc import Sequence
