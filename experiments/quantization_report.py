@@ -45,7 +45,7 @@ def write(stem: Path, runs: Runs, about: str) -> None:
     """Print the tables; write them beside their figures and the pictures."""
     names = dict.fromkeys(run["network"] for run in runs)
     found = {name: [run for run in runs if run["network"] == name] for name in names}
-    head = f"{about}; {machines(runs)}"
+    head = f"{about}; {machines(found)}"
     results = {
         "about": head,
         "targets": {name: targets(name, each) for name, each in found.items()},
@@ -57,9 +57,9 @@ def write(stem: Path, runs: Runs, about: str) -> None:
     plot_layers(stem.with_name(f"{stem.name}-layers.png"), found)
 
 
-def machines(runs: Runs) -> str:
+def machines(found: dict[str, Runs]) -> str:
     """Those that the networks were trained on."""
-    return "; ".join(dict.fromkeys(run["machine"] for run in runs))
+    return "; ".join({run["machine"]: None for runs in found.values() for run in runs})
 
 
 def rows(runs: Runs) -> list[str]:
@@ -265,7 +265,7 @@ def plot(path: Path, found: dict[str, Runs]) -> None:
     panels[0].invert_yaxis()
     figure.suptitle(
         "cluttered digits: mean and 95% interval (blue), each seed (orange); linear up to 1\n"
-        f"{machines(sum(found.values(), []))}",
+        f"{machines(found)}",
         fontsize=8,
     )
     figure.savefig(path, dpi=130)
@@ -296,5 +296,5 @@ def plot_layers(path: Path, found: dict[str, Runs]) -> None:
             panel.xaxis.get_major_locator().set_params(integer=True)
             panel.grid(alpha=0.3)
     figure.suptitle(f"cluttered digits; above: mean of the seeds, below: the first seed\n"
-                    f"{machines(sum(found.values(), []))}", fontsize=8)  # fmt: skip
+                    f"{machines(found)}", fontsize=8)  # fmt: skip
     figure.savefig(path, dpi=130)
