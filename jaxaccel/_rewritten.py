@@ -73,9 +73,9 @@ def everywhere(
             return rule(node, operands)
         bodies = [lambda *args, body=body: again(body, args) for body in node.bodies]
         if node.name == "custom_jvp_call":
-            return _custom_jvp(node, operands, bodies[0], again)
+            return custom_jvp(node, operands, bodies[0], again)
         if node.name == "custom_vjp_call":
-            return _custom_vjp(node, operands, bodies[0], again)
+            return custom_vjp(node, operands, bodies[0], again)
         return rerun(node, operands, bodies)
 
     def again(body: Graph, arguments: Sequence[Any]) -> list[Any]:
@@ -84,7 +84,7 @@ def everywhere(
     return again(graph, arguments)
 
 
-def _custom_jvp(
+def custom_jvp(
     node: Node, operands: list[Any], body: Callable, again: Callable[..., list[Any]]
 ) -> list[Any]:
     """A traced custom rule cannot be bound around another body: its own jvp is traced."""
@@ -106,7 +106,7 @@ def _custom_jvp(
     return list(called(*operands))
 
 
-def _custom_vjp(
+def custom_vjp(
     node: Node, operands: list[Any], body: Callable, again: Callable[..., list[Any]]
 ) -> list[Any]:
     """The same for a custom vjp; its backward pass begins by computing the residuals again."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxaccel as jx
-from jaxaccel.quantize._fake import rounded
+from jaxaccel.quantize._straight import rounded
 from tests.int8_checks import all_exact
 from tests.models import ZOO, normal
 from tests.test_int8 import (

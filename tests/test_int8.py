@@ -12,8 +12,10 @@ from jax import lax
 
 import jaxaccel as jx
 from jaxaccel.quantize import QTensor
+from jaxaccel.quantize._arithmetic import Grid
+from jaxaccel.quantize._execute import execute
 from jaxaccel.quantize._program import Joined, Mean, Product, Same, Sum
-from tests.int8_checks import all_exact
+from tests.int8_checks import all_exact, check
 from tests.models import ZOO, normal, tiers
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -103,17 +105,38 @@ def test_drawn_convolutions(drawn, limits, scales, seed):
     params = {
         "kernel": jnp.asarray(w.transpose(placed(kernel, layout[1], "OI"))),
         "bias": jnp.asarray(random.normal(size=kernel[0]), jnp.float32),
+        "next": jnp.asarray(random.normal(size=(kernel[0], 3)), jnp.float32),
     }
     shape = [kernel[0] if c == "C" else 1 for c in layout[2]]
 
     def fn(params, x):
         y = lax.conv_general_dilated(x, params["kernel"], dimension_numbers=layout, **options)
-        return jnp.maximum(y + params["bias"].reshape(shape), 0)
+        y = jnp.maximum(y + params["bias"].reshape(shape), 0)
+        return jnp.tensordot(y, params["next"], (layout[2].index("C"), 0))
 
-    small, new = quantized(fn, params, x, scales=scales)
-    all_exact(small, new, x)
+    small, new = jx.quantize.int8(fn, params, [x], calibration="minmax", scales=scales)
+    segments = all_exact(small, new, x)
+    assert [type(s.grid) for s in segments] == [Grid, type(None)]
+    zero = segments[0].grids[0].zero_point
+    lowest = -128 if limits[1] > limits[0] == 0 else 127 if limits == (-1, 0) else zero
+    assert zero == (lowest if scales == "float" or limits[0] >= 0 else 0)
     real, found = np.asarray(ran(fn, params, x)), np.asarray(ran(small, new, x))
     assert np.abs(found - real).max() <= 0.05 * max(np.abs(real).max(), 1)
+
+
+def test_turns_of_a_loop_are_exact():
+    """The body as it runs by itself, which is what the loop returns."""
+    xs, turns = normal(7, 4, 3, 6), []
+    small, new = quantized(stateless, DENSE, xs)
+    made, _ = small._traced.plan(new, [xs])
+    ((body,),) = made.program.bodies.values()
+    for x in xs:
+        found = []
+        setting = small.setting({}, found)
+        turns += execute(body, [new["a"]["kernel"], x], setting)
+        assert len(found) == 1
+        check(found[0])
+    np.testing.assert_array_equal(ran(small, new, xs), np.stack(turns))
 
 
 DENSE = {"a": {"kernel": normal(1, 6, 5)}, "b": {"kernel": normal(2, 5, 4)}}

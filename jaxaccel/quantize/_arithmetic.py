@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Float32, Int8, Int32
 
 LOWEST, HIGHEST = -128, 127
 _SUM_BITS = 30  # of a sum of rescaled operands, which leaves one for half a step and one for a sign
+_MOST_BITS = 30  # of a shift
 _FINEST = 256  # steps of a sum's grid in one of an operand's: finer ones would hold noise
 
 
@@ -117,7 +118,7 @@ def fixed(ratios: Sequence[float], largest: int) -> Fixed:
     """
     mantissas, exponents = zip(*map(frexp, ratios), strict=True)
     powers = all(mantissa == 0.5 for mantissa in mantissas)
-    bits = max(0, 1 - min(exponents)) if powers else 30
+    bits = min(max(0, 1 - min(exponents)), _MOST_BITS) if powers else _MOST_BITS
     while bits and sum(largest * round(ratio * 2**bits) for ratio in ratios) >= 1 << _SUM_BITS:
         bits -= 1
     return Fixed(tuple(round(ratio * 2**bits) for ratio in ratios), bits)

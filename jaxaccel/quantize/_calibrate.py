@@ -1,6 +1,6 @@
 """Batches in, grids out: two passes over real data, a few numbers of each kept."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -9,8 +9,8 @@ from jaxtyping import PyTree
 
 from jaxaccel.quantize._arithmetic import Grid
 from jaxaccel.quantize._observe import BINS, histograms, ranges
-from jaxaccel.quantize._program import Program
-from jaxaccel.quantize._ranges import CALIBRATIONS, Calibration, Histogram, grid, minmax
+from jaxaccel.quantize._program import Program, end_of, operands_of
+from jaxaccel.quantize._ranges import CALIBRATIONS, Calibration, Histogram, dead, grid, minmax
 from jaxaccel.quantize._traced import Traced
 
 
@@ -60,11 +60,29 @@ def grids(
     counts = {} if calibrate is minmax else _counts(traced, params, batches, seen)
     program = traced.plan(params, first(batches))[0].program
     symmetric = {number for one in program.all for number in one.symmetric}
-    found = []
+    found: list[Grid] = []
+    zeros: set[int] = set()
     for number in sorted(seen):
         histogram = Histogram(*seen[number], counts.get(number, np.zeros(BINS)))
         low, high = _ends(calibrate(histogram))
         found.append(grid(histogram, low, high, symmetric=number in symmetric, power=power))
+        zeros |= {number} if dead(low, high) else set()
+    return _lent(program, found, zeros)
+
+
+def _lent(program: Program, grids: Sequence[Grid], zeros: Set[int]) -> list[Grid]:
+    """The grids; what was always 0 has the step of what it goes into, which then is not coarser."""
+    found, known = list(grids), {*range(len(grids))} - zeros
+    for one in program.all:
+        for step in reversed(list(one.steps.values())):
+            end = one.integers.get(end_of(step))
+            if end not in known:
+                continue
+            for number in {one.integers[x] for x in operands_of(step)} & zeros:
+                scale = found[end].scale
+                scale = min(scale, found[number].scale) if number in known else scale
+                found[number] = Grid(scale, found[number].zero_point)
+                known.add(number)
     return found
 
 

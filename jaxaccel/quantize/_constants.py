@@ -116,7 +116,9 @@ def fitting(
         longest = int(log2(result.scale)) - reads
         power = np.clip(power, longest - _MOST_BITS, np.where(empty, longest, power.max()))
     power = np.where(own == 0, power, np.maximum(power, size - _MOST_BIAS_BITS))
-    return q if (power == old).all() else with_scale(x, jnp.asarray(2.0**power, jnp.float32))
+    scale = jnp.asarray(2.0**power, jnp.float32)
+    values = jnp.where(power == old, q.values, with_scale(x, scale).values)
+    return QTensor(values, scale, q.dtype)
 
 
 def _to_leaf(kernel: Kernel, x: np.ndarray, rank: int) -> np.ndarray:

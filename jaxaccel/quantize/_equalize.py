@@ -214,19 +214,27 @@ def _ranges(
         run(program.view.graph, [*jax.tree.leaves(params), *jax.tree.leaves(args)], rule)
         return [seen[end] for end in ends]
 
-    found: list[np.ndarray] = []
-    for batch in batches:
-        new = [np.asarray(x, np.float64) for x in look(params, arguments(batch))]
-        found = [np.maximum(a, b) for a, b in zip(found or new, new, strict=True)]
     program = traced.plan(params, first(batches))[0].program
     names = [_path(program, layer) for layer in program.layers if layer.fixed]
-    return dict(zip(names, found, strict=True))
+    found: dict[Keys, np.ndarray] = {}
+    for place, batch in enumerate(batches):
+        for keys, x in zip(names, look(params, arguments(batch)), strict=True):
+            new = np.asarray(x, np.float64)
+            if not np.isfinite(new).all():
+                raise ValueError(
+                    f"batches[{place}]: the result of {'/'.join(keys)} holds NaN or infinity; "
+                    "leave such inputs out"
+                )
+            found[keys] = np.maximum(found.get(keys, new), new)
+    if any((x < 0).any() for x in found.values()):
+        raise ValueError("batches: had no numbers; pass batches that are not empty")
+    return found
 
 
 def _per_channel(layer: Layer, x: Array) -> Array:
     rest = [axis for axis, name in enumerate(layer.tail.labels) if name is None]
     wide = jnp.clip(x.astype(jnp.float32), *layer.tail.bounds)
-    return jnp.max(jnp.abs(wide), axis=tuple(rest))
+    return jnp.max(jnp.abs(wide), axis=tuple(rest), initial=-1)
 
 
 def _scale(

@@ -381,5 +381,5 @@ def _one_scale(x: Array, axes: tuple[int, ...]) -> tuple[Int8[Array, "..."], Arr
     """Symmetric integers, and a scale for each index of what is left of x without `axes`."""
     wide = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True, initial=0)
-    scale = jnp.where(largest > 0, largest / 127, 1)
+    scale = jnp.where(largest == 0, 1, largest / 127)  # NaN stays NaN
     return jnp.clip(jnp.round(wide / scale), -127, 127).astype(jnp.int8), scale

@@ -13,7 +13,8 @@ from jaxaccel.fold._contractions import Contraction, contraction
 from jaxaccel.fold._view import Labels, View, floating, moved, moves
 
 CONTRACTIONS = ("conv_general_dilated", "dot_general")
-MOST_TERMS = 2**31 // (128 * 255)  # of which the sum, and its correction, fit 32 bits
+# Of which the sum, its correction and a bias of 2^29 steps fit 32 bits.
+MOST_TERMS = 3 * 2**29 // (128 * 255)
 
 
 class Bounds(NamedTuple):

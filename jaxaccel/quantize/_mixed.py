@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 from jaxaccel._table import table
 from jaxaccel.quantize._calibrate import first
-from jaxaccel.quantize._plan import Choice
+from jaxaccel.quantize._plan import Activations, Choice
 from jaxaccel.quantize._traced import Quantized, Traced, check_params, folded
 from jaxaccel.quantize._transform import int8
 
@@ -59,7 +59,7 @@ def sensitivity(
     fn, params = folded(fn, params, first(batches))
     original = _score(evaluate, fn, params)
     found = []
-    for path in kernels(fn, params, batches):
+    for path in kernels(fn, params, batches, options.get("activations", "static")):
         one = int8(fn, params, batches, where=lambda p, leaf, path=path: p == path, **options)
         score = _score(evaluate, *one)
         found.append(Cost(path, score, original - score))
@@ -73,9 +73,11 @@ def _score(evaluate: Evaluate, fn: Callable, params: PyTree) -> float:
     return score
 
 
-def kernels(fn: Callable, params: PyTree, batches: Iterable[Any]) -> list[str]:
+def kernels(
+    fn: Callable, params: PyTree, batches: Iterable[Any], activations: Activations
+) -> list[str]:
     """The paths of the kernels, and the names of the products, that `int8` would take."""
-    traced = Traced(fn, params, Choice("static", lambda keys: True))
+    traced = Traced(fn, params, Choice(activations, lambda keys: True))
     made = traced.checked(params, first(batches))
     return ["/".join(keys) for keys in (*made.axes, *made.products)]
 

@@ -36,8 +36,8 @@ from jaxaccel.quantize._program import (
 )
 
 Activations: TypeAlias = Literal["static", "dynamic", "float"]
-_CUSTOM = ("custom_jvp_call", "custom_vjp_call")
-_LOOPS = ("scan", "while", "cond")
+CUSTOM = ("custom_jvp_call", "custom_vjp_call")
+LOOPS = ("scan", "while", "cond")
 _OTHERS = ("ragged_dot", "ragged_dot_general")  # products without a form on integers
 _MOST_SUMMED = 2**15
 # By which a parameter is read in part.
@@ -103,7 +103,7 @@ class _Builder:
         self.products: list[Keys] = []
 
     def build(self, graph: Graph, leaves: Mapping[Value, Leaf], fixed: bool) -> Program:
-        v = view(flatten(graph, _CUSTOM), {value: leaf.keys for value, leaf in leaves.items()})
+        v = view(flatten(graph, CUSTOM), {value: leaf.keys for value, leaf in leaves.items()})
         found = Program(v)
         for node in contractions(v):
             step = self._contraction(v, node, leaves, fixed)
@@ -119,7 +119,7 @@ class _Builder:
             if v.known.issuperset(node.outputs):
                 continue
             found.left += _not_entered(node)
-            if node.name in _LOOPS:
+            if node.name in LOOPS:
                 bodies = (self.build(b, _inner(v, node, b, places, leaves), False)
                           for b, places in _operands(node))  # fmt: skip
                 found.bodies[node] = tuple(bodies)
@@ -290,7 +290,7 @@ def _step(v: View, node: Node, ready: set[Value]) -> Step | None:
     if not operands or operands[0] not in ready or not floating(node.outputs[0]):
         return None
     limited = bounds_of(v, node)
-    if limited is not None:
+    if limited is not None and _on_every_grid(limited[1]):
         return Same(node, *limited)
     if node.name in ("add", "add_any"):
         return _sum(v, node, operands) if ready.issuperset(operands) else None
@@ -308,8 +308,12 @@ def _limited(v: View, tail: Tail) -> Tail:
         value = node.outputs[0]
         node = v.only_reader(value)
     limited = bounds_of(v, node) if node is not None and tail.bounds == Bounds() else None
-    zero = limited is not None and limited[1].low <= 0 <= limited[1].high  # as a pad has it
-    return replace(tail, bounds=limited[1]) if limited and zero else tail
+    return replace(tail, bounds=limited[1]) if limited and _on_every_grid(limited[1]) else tail
+
+
+def _on_every_grid(bounds: Bounds) -> bool:
+    """Whether a grid, which has 0, has each of the bounds too or nothing beyond it."""
+    return bounds.low <= 0 <= bounds.high
 
 
 def _keeps_grid(v: View, node: Node) -> bool:

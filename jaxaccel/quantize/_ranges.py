@@ -127,6 +127,11 @@ CALIBRATIONS: dict[str, Calibration] = {
 }
 
 
+def dead(low: float, high: float) -> bool:
+    """Whether a range has nothing but 0."""
+    return max(-low, high) < 127 * _SMALLEST
+
+
 def grid(
     seen: Histogram, low: float, high: float, *, symmetric: bool = False, power: bool = False
 ) -> Grid:
@@ -141,7 +146,7 @@ def grid(
     else:
         step = (high - low) / 255
         zero = int(np.clip(np.round(LOWEST - low / step), LOWEST, HIGHEST)) if step else LOWEST
-    if step < _SMALLEST:
+    if dead(low, high):
         return Grid(1.0, zero)
     if not power:
         return Grid(float(np.float32(step)), zero)

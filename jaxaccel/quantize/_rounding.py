@@ -68,10 +68,10 @@ def shifts(
     """
 
     leaves = keyed(params)
-    changes = {keys: q.dequantize() - leaves[keys] for keys, q in rounded.items()}
+    changes = {keys: _wide(q) - leaves[keys] for keys, q in rounded.items()}
 
     def visit(changes: Mapping[Keys, Array], keys: Keys, layer: Layer, x: Array) -> Array:
-        moved = _result(layer, x, changes[keys]).astype(jnp.float32)
+        moved = _result(layer, x, changes[keys])
         labels = layer.contraction.labels
         mean = moved.mean(tuple(i for i, label in enumerate(labels) if label is None))
         order = [label for label in labels if label is not None]
@@ -89,11 +89,17 @@ def shifts(
     return {keys: x / count for keys, x in total.items()}
 
 
-def _result(layer: Layer, x: Array, kernel: Array) -> Array:
-    """Of a contraction, for another kernel in the shape of the leaf."""
+def _wide(q: QTensor) -> Float[Array, "..."]:
+    """As the integers stand for it, whatever the dtype of the parameter."""
+    return q.values.astype(jnp.float32) * q.scale
+
+
+def _result(layer: Layer, x: Array, kernel: Array) -> Float[Array, "..."]:
+    """Of a contraction in float32, for another kernel in the shape of the leaf."""
     c = layer.contraction
-    whole = moved_leaf(layer.kernel, kernel).astype(c.kernel.aval.dtype)
-    return c.node.run(both(c, x, whole))[0]
+    whole = moved_leaf(layer.kernel, kernel).astype(jnp.float32)
+    operands = both(c, x.astype(jnp.float32), whole)
+    return c.node.run(operands, preferred_element_type=np.dtype(np.float32))[0]
 
 
 def adaround(
@@ -138,13 +144,13 @@ def _learned(layer: Layer, x: Array, w: Array, q: QTensor) -> QTensor:
     share = jnp.clip(wide - low, 0.01, 0.99)
     # Rectified sigmoid: it reaches 0 and 1, and starts at the fraction itself.
     start = jnp.log((share + 0.1) / (1.1 - share))
-    size = jnp.mean(jnp.square(_result(layer, x, w).astype(jnp.float32))) + 1e-12
+    size = jnp.mean(jnp.square(_result(layer, x, w))) + 1e-12
     optimizer = optax.adam(_RATE)
 
     def loss(v: Array, sharpness: Array) -> Array:
         up = jnp.clip(1.2 * jax.nn.sigmoid(v) - 0.1, 0, 1)
         change = (jnp.clip(low + up, -127, 127) - wide) * q.scale
-        moved = jnp.mean(jnp.square(_result(layer, x, change.astype(w.dtype)).astype(jnp.float32)))
+        moved = jnp.mean(jnp.square(_result(layer, x, change)))
         undecided = jnp.mean(1 - jnp.abs(2 * up - 1) ** sharpness)
         return moved / size * 1e3 + _WEIGHT * undecided
 
@@ -158,5 +164,5 @@ def _learned(layer: Layer, x: Array, w: Array, q: QTensor) -> QTensor:
         v, state = step(v, state, jnp.float32(sharpness))
     values = jnp.clip(low + (v > 0), -127, 127).astype(jnp.int8)
     chosen = QTensor(values, q.scale, q.dtype)
-    off = lambda one: jnp.mean(jnp.square(_result(layer, x, one.dequantize() - w)))
+    off = lambda one: jnp.mean(jnp.square(_result(layer, x, _wide(one) - w)))
     return chosen if off(chosen) < off(q) else q

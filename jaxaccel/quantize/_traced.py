@@ -31,10 +31,13 @@ class Traced:
         self.tree = jax.tree.structure(params)
         self.avals = {keys: jax.typeof(leaf) for keys, leaf in keyed(params).items()}
 
-    def plan(self, given: PyTree, args: Sequence[Any]) -> tuple[Plan, Trace]:
-        """Of a call with these parameters, original ones or quantized."""
+    def plan(self, given: PyTree, args: Sequence[Any], cast: bool = False) -> tuple[Plan, Trace]:
+        """Of a call with these parameters: original, quantized, or (`cast`) of other dtypes."""
         leaves = keyed(given, is_qtensor)
-        avals = [self._aval(keys, leaves.get(keys)) for keys in self.avals]
+        if cast:
+            avals = [jax.typeof(leaves[keys]) for keys in self.avals]
+        else:
+            avals = [self._aval(keys, leaves.get(keys)) for keys in self.avals]
         traced = trace(self.fn, jax.tree.unflatten(self.tree, avals), *args)
         inputs = traced.graph.inputs[: traced.num_params]
         return plan(traced.graph, dict(zip(inputs, self.avals, strict=True)), self.choice), traced
@@ -84,7 +87,7 @@ class Quantized:
         names: Mapping[Keys, ConstantKeys],
     ) -> None:
         self._traced, self._grids, self._names = traced, tuple(grids), dict(names)
-        self._signature = _signature(made)
+        self._signature = signature(made)
         self._expected = {keys: _shape(leaf) for keys, leaf in new.items()}
         self.report = report(made, grids)
 
@@ -128,11 +131,7 @@ class Quantized:
         given = keyed(params, is_qtensor)
         self._check(given)
         made, traced = self._traced.plan(params, args)
-        if _signature(made) != self._signature:
-            raise ValueError(
-                f"{self!r}: for these arguments fn has other steps than for the batches of its "
-                "calibration: they depend on shapes; quantize with batches of these shapes"
-            )
+        check_same(self, made, self._signature)
         setting = self.setting(given, segments)
         leaves = [given.get(keys) for keys in self._traced.avals]
         results = execute(made.program, [*leaves, *jax.tree.leaves(args)], setting)
@@ -158,14 +157,26 @@ def _shape(leaf: Any) -> str:
     return f"{kind} of shape {leaf.shape if is_qtensor(leaf) else jnp.shape(leaf)}"
 
 
-def _signature(made: Plan) -> list[Any]:
+def signature(made: Plan) -> list[Any]:
     """Equal for two plans that do the same, whatever the shapes."""
     found: list[Any] = [made.axes, made.grids]
     for program in made.program.all:
+        view = program.view
         for step in program.steps.values():
-            keys = program.view.leaves[step.kernel.leaf] if isinstance(step, Layer) else ()
-            found.append((type(step).__name__, keys, program.integers.get(end_of(step))))
+            found.append((type(step).__name__, program.integers.get(end_of(step))))
+            if isinstance(step, Layer):
+                leaves = view.sources([step.kernel.leaf, *(s.other for s in step.tail.shifts)])
+                found.append([view.leaves[leaf] for leaf in leaves])
     return found
+
+
+def check_same(fn: Any, made: Plan, expected: list[Any]) -> None:
+    """Raises a ValueError where the plan of a call is not that of the calibration."""
+    if signature(made) != expected:
+        raise ValueError(
+            f"{fn!r}: for these arguments fn has other steps than for the batches of its "
+            "calibration: they depend on shapes; quantize with batches of these shapes"
+        )
 
 
 def check_params(fn: Callable, params: PyTree) -> None:
