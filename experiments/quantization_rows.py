@@ -25,7 +25,6 @@ Run: TypeAlias = Callable[[Images], Any]
 BATCHES, BATCH = 8, 64  # for calibration, from the training images
 TUNE, TUNE_PEAK = 1, 2e-4  # epochs of fine-tuning, and the highest of its learning rates
 SPREAD = 1000  # between the ranges of the channels of the hard case
-SMALL = 4096  # numbers; a kernel of fewer has 8 bits beside others of 4
 WIDTH = 0.35  # of MobileNet's channels
 PEAKS = {"ConvNet": 1e-2, "ResNet-20": 1e-2, "MobileNet": 2e-2}  # of the learning rates
 
@@ -202,8 +201,8 @@ ROWS: dict[str, Callable[[Trial], Candidate]] = {
     "int8, dynamic": int8(activations="dynamic"),
     "int8, shifts": int8(**POWER),
     "int8 weights": weights(bits=8),
-    "int4 weights": weights(bits=4),
-    "int4 weights, small in 8": weights(bits=4, small=SMALL),
+    "int4 weights": weights(bits=4, small=0),
+    "int4 weights, small in 8": weights(bits=4),
     "trained on": trained_on,
     "QAT": qat(),
     HARD[0]: hard,
@@ -216,7 +215,7 @@ LATER: dict[str, Callable[[Trial], Candidate]] = {
     "int8, equalized": equalized(),
     "int8, bias correction": int8(bias_correction=True),
     "int8, AdaRound": int8(rounding="adaround"),
-    "int4 weights, per channel": weights(bits=4, group=None),
+    "int4 weights, per channel": weights(bits=4, group=None, small=0),
     "float8 weights": weights(bits=8, kind="float8_e4m3fn"),
     "int8, percentile": int8(calibration="percentile"),
     "int8, entropy": int8(calibration="entropy"),

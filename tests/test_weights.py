@@ -43,7 +43,11 @@ def test_bytes():
 
 def test_small_leaves_keep_8_bits():
     x = jax.random.normal(jax.random.key(0), (64, 64))
-    q = jx.quantize.weights({"first": x[:, :63], "large": x}, bits=4, small=64 * 64)
+    q = jx.quantize.weights({"first": x[:, :63], "large": x}, bits=4)
+    same = jx.quantize.weights({"first": x[:, :63], "large": x}, bits=4, small=64 * 64)
+    jax.tree.map(np.testing.assert_array_equal, q, same)
+    every = jx.quantize.weights({"first": x[:, :63]}, bits=4, small=0)
+    assert every["first"].values.dtype == jnp.uint8
     assert (q["first"].values.dtype, q["large"].values.dtype) == (jnp.int8, jnp.uint8)
     for name, alone in (
         ("first", jx.quantize.weights({"w": x[:, :63]})["w"]),

@@ -13,6 +13,7 @@ from jaxaccel._select import Where, flatten, is_kernel, rebuild, select
 from jaxaccel.quantize._qtensor import Calibration, Kind, QTensor, all_finite, is_qtensor, quantized
 
 _GROUP = 32  # at 4 bits: the usual size, 4.5 bits a number
+_SMALL = 4096  # numbers of a leaf that keeps 8 bits where others get 4
 
 
 def weights(
@@ -21,7 +22,7 @@ def weights(
     *,
     kind: Kind = "int",
     group: int | Literal["auto"] | None = "auto",
-    small: int = 0,
+    small: int | Literal["auto"] = "auto",
     calibration: Calibration | Literal["auto"] = "auto",
     where: Where | None = None,
 ) -> PyTree:
@@ -36,7 +37,8 @@ def weights(
             has at 8 bits. "auto": 32 at 4 bits.
         small: at 4 bits, a leaf of fewer numbers gets 8, >= 0. First layers and depthwise kernels
             have few numbers and lose most: a MobileNet of 0.4 million numbers loses 10.0 points
-            of accuracy, and with 4096 0.2, for 14% more bytes (`experiments.quantization`).
+            of accuracy with 0, and with 4096 0.2, for 14% more bytes (`experiments.quantization`).
+            "auto": 4096 at 4 bits.
         calibration: "max": the scale leaves the largest number in range; "mse": it is the one of
             15 with the least squared error, which may clip (of "int" only). "auto": "mse" at 4
             bits (normal numbers in groups of 32: an error of 9.2% of their norm for 9.7%, in
@@ -65,12 +67,13 @@ def weights(
            [-127,   64]], dtype=int8)
     >>> q.scale.shape
     (1, 2)
-    >>> q = weights({"kernel": jnp.ones((3, 3, 16, 8))}, bits=4)["kernel"]
+    >>> q = weights({"kernel": jnp.ones((3, 3, 16, 8))}, bits=4, small=0)["kernel"]
     >>> q.values.shape, q.scale.shape, q.shape, q.nbytes
     ((72, 8), (5, 8), (3, 3, 16, 8), 656)
     """
     _check_options(bits, kind, group, calibration)
     _check_small(bits, small)
+    least = (_SMALL if bits == 4 else 0) if small == "auto" else small
     leaves = flatten(params, is_qtensor)
     chosen = select(leaves, where, is_kernel)
     if not chosen:
@@ -79,7 +82,7 @@ def weights(
         _check_leaf(path, leaves[path])
     done = {}
     for path in chosen:
-        four = bits == 4 and leaves[path].size >= small
+        four = bits == 4 and leaves[path].size >= least
         options = {
             "bits": 4 if four else 8,
             "kind": kind,
@@ -114,6 +117,8 @@ def _check_group(bits: int, group: Any) -> None:
 
 
 def _check_small(bits: int, small: Any) -> None:
+    if small == "auto":
+        return
     if not isinstance(small, int) or isinstance(small, bool) or small < 0:
         raise ValueError(f"small={small!r} must be an int >= 0, a count of numbers")
     if small and bits == 8:
