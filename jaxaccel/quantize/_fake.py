@@ -43,7 +43,9 @@ def fake(
 
     Kernels and activations are rounded to the steps of their grids, and pass their gradients on
     as if they were not (straight-through), but for what is clipped. The steps themselves are
-    trained, too. Batch norm is folded first; zero points stay as they were calibrated.
+    trained, too, except those inside of a function with a derivative of its own, which keeps it.
+    Batch norm is folded first; zero points stay as they were calibrated. Given bfloat16, it
+    computes with steps of bfloat16; `convert` takes those of the tree that it is given.
 
     Args:
         fn: ``fn(params, *args)``; as for inference.
