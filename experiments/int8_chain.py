@@ -121,12 +121,12 @@ class Chain:
         """On the test set, in percent."""
         return 100 * self.job(1).test_metrics(network)[0]
 
-    def problem(self, network: Network, module: nnx.Module, images: np.ndarray) -> Problem:
+    def problem(self, network: Network, images: np.ndarray) -> Problem:
         """The network with images, as `experiments.benchmark` times it."""
         case = Case(self.name, False, images.shape[1], len(images))
         plain, _ = jx.functional(flax_norms(self.build()))
         labels = np.zeros(len(images), np.int32)
-        return Problem(case, module, network.fn, plain, network.params, images, labels)
+        return Problem(case, self.build(), network.fn, plain, network.params, images, labels)
 
     def timed_images(self) -> np.ndarray:
         """Of the test set, each pixel repeated."""

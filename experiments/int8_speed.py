@@ -137,8 +137,7 @@ def chain_record(name: str, kit: Kit, folder: Path, rounds: int, seed: int, tick
     kept = default_folder() / "trained"
     chain = Chain(name, seed, 8000, kept)
     images = chain.timed_images()
-    whole = chain.problem(chain.whole, chain.build(), images)
-    small = chain.problem(chain.pruned, chain.smaller(), images)
+    whole, small = chain.problem(chain.whole, images), chain.problem(chain.pruned, images)
     makers = {
         PLAIN: partial(benchmark_jax.plain, whole),
         FLOAT: partial(benchmark_jax.ours, whole),
@@ -162,8 +161,8 @@ def accuracies(chain: Chain, kit: Kit, folder: Path, small: Problem) -> dict[str
     test = chain.splits.test
     parts = np.split(np.asarray(common.scaled(test.image)), PARTS)
     case = replace(small.case, side=parts[0].shape[1], batch=len(parts[0]))
-    calibration = [np.asarray(batch) for batch in chain.batches]
-    given = small._replace(case=case, images=parts[0], calibration=calibration)
+    calibration = np.resize(np.concatenate(chain.batches), parts[0].shape)  # some of them twice
+    given = small._replace(case=case, images=parts[0], calibration=[calibration])
     found = {PLAIN: chain.accuracy(chain.whole), "pruned": chain.accuracy(chain.pruned)}
     found[FLOAT] = found[PLAIN]
     found["int8"] = chain.accuracy(chain.int8(chain.whole))
