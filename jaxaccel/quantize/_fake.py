@@ -140,7 +140,7 @@ class Fake:
         scales = [self._scale(scale) for scale in tree["scales"]["activations"]]
         grids = list(zip(scales, self._zeros, strict=True))
         arguments = [*leaves.values(), *jax.tree.leaves(args)]
-        results = Rounded(made.program, traced.graph, grids, self._power).outputs(arguments)
+        results = Rounded(made.program, traced.graph, grids, self._power)(*arguments)
         return jax.tree.unflatten(traced.out_tree, results)
 
     def convert(self, tree: PyTree) -> tuple[Quantized, PyTree]:

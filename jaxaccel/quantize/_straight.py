@@ -64,8 +64,9 @@ class Rounded:
         self.behind: dict[Value, Value] = {}  # results of such functions: what they are inside
         self._find(graph)
         self.inside = self.ends.keys() - {*self.behind.values()}
+        self.rounded = self.inside | self.behind.keys()
 
-    def outputs(self, arguments: Sequence[Any]) -> list[Any]:
+    def __call__(self, *arguments: Any) -> list[Any]:
         """The results."""
         return self._run(self.graph, arguments)
 
@@ -136,7 +137,7 @@ class Rounded:
             return any(one.steps for body in bodies for one in body.all)
         return any(
             self._rounds(inner)
-            or self.inside.union(self.behind).intersection(inner.outputs)
+            or not self.rounded.isdisjoint(inner.outputs)
             or self._touches(inner)
             for body in node.bodies
             for inner in body.nodes
@@ -162,13 +163,10 @@ class Rounded:
             lambda *args, graph=graph: run(graph, args) for graph in first
         ]
         called += [
-            Rounded(program, graph, self.grids, self.power)._called
+            Rounded(program, graph, self.grids, self.power)
             for program, graph in zip(self.program.bodies[flat], graphs, strict=True)
         ]
         return rerun(node, operands, called)
-
-    def _called(self, *arguments: Any) -> list[Any]:
-        return self.outputs(arguments)
 
     def _custom(self, node: Node, operands: list[Any]) -> list[Any]:
         held = copy(self)
