@@ -34,6 +34,7 @@ class Setup(NamedTuple):
         epochs: of training; half as many of fine-tuning.
         peak: the highest learning rate.
         side: of the images that are timed, in pixels, and `batch`, how many.
+        round_to: channels are left in multiples of this, as vector units take them.
         target: how many times as fast as plain `jax.jit` the end of the chain is meant to be.
     """
 
@@ -42,16 +43,17 @@ class Setup(NamedTuple):
     peak: float
     side: int
     batch: int
+    round_to: int
     target: float
 
 
 CHAINS = {
-    "convnet": Setup(lambda rngs: jx.nn.ConvNet(dropout=0.0, rngs=rngs), 16, 1e-2, 28, 128, 5),
+    "convnet": Setup(lambda rngs: jx.nn.ConvNet(dropout=0.0, rngs=rngs), 16, 1e-2, 28, 128, 8, 5),
     "mobilenet": Setup(
         lambda rngs: jx.nn.MobileNet(10, stem_strides=1, dropout=0.0, rngs=rngs),
-        *(10, 2e-2, 112, 16, 12),
+        *(10, 2e-2, 112, 16, 8, 12),
     ),
-    "resnet18": Setup(lambda rngs: jx.nn.ResNet(18, 10, rngs=rngs), 4, 2e-3, 224, 16, 2.5),
+    "resnet18": Setup(lambda rngs: jx.nn.ResNet(18, 10, rngs=rngs), 4, 2e-3, 224, 16, 16, 2.5),
 }
 
 
@@ -96,14 +98,16 @@ class Chain:
     @cached_property
     def pruned(self) -> Network:
         """Half of the multiply-accumulates, fine-tuned with the whole network as its teacher."""
-        epochs = max(1, self.setup.epochs // 2)
-        return self._kept("pruned", self.smaller, epochs, **mnist.follow(self.whole))
+        epochs, name = max(1, self.setup.epochs // 2), f"pruned-{self.setup.round_to}"
+        return self._kept(name, self.smaller, epochs, **mnist.follow(self.whole))
 
     def smaller(self) -> Any:
         """The module without the channels that go, not yet fine-tuned."""
         fn: Any = self.whole.fn
         image = jnp.zeros((1, *self.splits.test.image.shape[1:]))
-        plan = jx.prune.plan(fn, self.whole.params, image, budget={"flops": HALF}, scope="local")
+        options: Any = {"budget": {"flops": HALF}, "scope": "local"}
+        options |= {"round_to": self.setup.round_to}
+        plan = jx.prune.plan(fn, self.whole.params, image, **options)
         return plan.module(fn.module(self.whole.params))
 
     @cached_property

@@ -42,6 +42,7 @@ CASES = {
     "few channels": conv8((9, 12), (2, 5), 3, 10),
     "one channel": conv8((12, 14), (3, 2), 1, 4, padding="VALID"),
     "stem": conv8((14, 13), (3, 4), 3, 20, strides=(2, 2)),
+    "strided, wide steps": conv8((9, 11), (4, 7), 2, 5, strides=(1, 3), padding=((1, 0), (2, 4))),
     "patches": conv8((9, 8), (4, 2), 3, 20, strides=(4, 3)),
     "odd channels": conv8((7, 6), (3, 3), 21, 18),
     "in the library": conv8((8, 7), (3, 3), 20, 8, strides=(1, 2)),

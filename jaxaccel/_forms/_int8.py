@@ -31,6 +31,7 @@ from jaxaccel._forms._integers import (
     block_diagonal,
     float32_results,
     for_library,
+    space_to_depth,
 )
 from jaxaccel._forms._op import Op
 
@@ -67,6 +68,11 @@ def _patches(op: Op) -> bool:
     return op.kernel[1] <= op.conv.strides[1]
 
 
+def _strided(op: Op) -> bool:
+    plain = op.conv.rhs_dilation == (1, 1) and not _patches(op)
+    return _few_channels(op) and plain and prod(op.conv.strides) > 1
+
+
 def _exact(op: Op) -> bool:
     """Not a kernel so large that even one channel exceeds what float32 holds."""
     return prod(op.kernel[:2]) <= EXACT
@@ -92,6 +98,7 @@ CONVS: dict[str, tuple[ConvForm, Condition, tuple[str, ...]]] = {
     "banded 4": (banded(4), _few_channels, CPU),
     "banded 8": (banded(8), _few_channels, CPU),
     "columns 4": (columns(4), _few_channels, CPU),
+    "space to depth": (space_to_depth, _strided, CPU),
     "library": (for_library, both(dense, lambda op: not in_library(op)), CPU),
     "phases, library": (phases(for_library), both(dense, gaps), CPU),
     "block diagonal": (block_diagonal(for_library), _grouped, CPU),
