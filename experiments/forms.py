@@ -8,7 +8,7 @@ Each call and each of its gradients is timed as `jx.autotune` does it, in all fo
 which must equal XLA's own; "rule" is the form that is taken without timing. With --survey these
 are the shapes, at several batch sizes, that the rules for a CPU were drawn from; with --int8 calls
 of int8 summed in int32. The second table holds rewritings of a dense convolution that
-`jx.autotune` does not try:
+`jx.autotune` does not try on floats:
 
     space to depth   a strided convolution as one that moves by one over the pixels between two
                      strides, as channels
@@ -31,6 +31,7 @@ from rich.progress import track
 from experiments import common
 from jaxaccel._autotune import times
 from jaxaccel._forms import XLA, Op, candidates, rule
+from jaxaccel._forms._conv import Conv, space_to_depth
 from jaxaccel._forms_report import operands, operation
 from jaxaccel._graph import graph_of
 from jaxaccel._tuned import formed, has_forms, op_of
@@ -155,18 +156,11 @@ def ops_of(call: Call) -> list[Op]:
     return [op_of(node) for node in graph_of(fn, *avals)[0].nodes if has_forms(node)]
 
 
-def space_to_depth(call: Call, x: Any, kernel: Any) -> Any:
-    s, k, c = call.stride or 1, kernel.shape[0], kernel.shape[2]
-    out = (x.shape[1] + 2 * call.pad - k) // s + 1
-    taps = -(-k // s)
-    side = (out - 1 + taps) * s
-    kernel = jnp.pad(kernel, ((0, taps * s - k), (0, taps * s - k), (0, 0), (0, 0)))
-    after = side - x.shape[1] - call.pad
-    x = lax.pad(x, 0.0, [(0, 0, 0), *[(call.pad, after, 0)] * 2, (0, 0, 0)])
-    x = x.reshape(-1, side // s, s, side // s, s, c).transpose(0, 1, 3, 2, 4, 5)
-    kernel = kernel.reshape(taps, s, taps, s, c, -1).transpose(0, 2, 1, 3, 4, 5)
-    x, kernel = x.reshape(*x.shape[:3], -1), kernel.reshape(taps, taps, s * s * c, -1)
-    return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=LAYOUT)
+def shallow(call: Call, x: Any, kernel: Any) -> Any:
+    """By space to depth."""
+    strides, pads = (call.stride or 1,) * 2, ((call.pad, call.pad),) * 2
+    moved = Conv(strides, pads, (1, 1), (1, 1), 1, 1, None, None)
+    return space_to_depth(lambda x, kernel, conv: conv(x, kernel))(x, kernel, moved)
 
 
 def channels_first(call: Call, x: Any, kernel: Any) -> Any:
@@ -183,7 +177,7 @@ def padded_before(call: Call, x: Any, kernel: Any) -> Any:
 
 def refused(call: Call) -> dict[str, Callable]:
     found = {"NCHW": channels_first}
-    found |= {"space to depth": space_to_depth} if (call.stride or 1) > 1 else {}
+    found |= {"space to depth": shallow} if (call.stride or 1) > 1 else {}
     found |= {"padded before": padded_before} if call.pad else {}
     return {name: partial(fn, call) for name, fn in found.items()}
 

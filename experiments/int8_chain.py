@@ -105,9 +105,14 @@ class Chain:
         """The module without the channels that go, not yet fine-tuned."""
         fn: Any = self.whole.fn
         image = jnp.zeros((1, *self.splits.test.image.shape[1:]))
-        options: Any = {"budget": {"flops": HALF}, "scope": "local"}
-        options |= {"round_to": self.setup.round_to}
-        plan = jx.prune.plan(fn, self.whole.params, image, **options)
+        plan = jx.prune.plan(
+            fn,
+            self.whole.params,
+            image,
+            budget={"flops": HALF},
+            scope="local",
+            round_to=self.setup.round_to,
+        )
         return plan.module(fn.module(self.whole.params))
 
     @cached_property

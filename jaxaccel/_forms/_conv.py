@@ -206,6 +206,40 @@ def _phase(
     return form(x, kernel[taps[0], taps[1]], plain)
 
 
+def space_to_depth(form: ConvForm) -> ConvForm:
+    """A convolution as one that moves by one: the pixels of a stride become channels.
+
+    Of images that are not spread, under a kernel that is not.
+    """
+
+    def run(x: Array, kernel: Array, conv: Conv) -> Array:
+        axes = zip(
+            out_size(x.shape, kernel.shape, conv), kernel.shape[:2], x.shape[1:3],
+            conv.strides, conv.pads, strict=True,
+        )  # fmt: skip
+        pads, more = [], []
+        for places, taps, pixels, step, (low, _) in axes:
+            wide = -(-taps // step) * step
+            pads.append((low, (places - 1) * step + wide - low - pixels))
+            more.append((0, wide - taps, 0))
+        zero, none = jnp.zeros((), kernel.dtype), (0, 0, 0)
+        whole = lax.pad(kernel, zero, [*more, none, none]).transpose(3, 0, 1, 2)
+        return form(
+            _deep(padded(x, conv._replace(pads=tuple(pads))), conv.strides),
+            _deep(whole, conv.strides).transpose(1, 2, 3, 0),
+            conv._replace(strides=(1, 1), pads=((0, 0), (0, 0))),
+        )
+
+    return run
+
+
+def _deep(x: Array, steps: Sequence[int]) -> Array:
+    """[n, height * a, width * b, channels] -> [n, height, width, a * b * channels]."""
+    (a, b), (n, height, width, channels) = steps, x.shape
+    blocks = x.reshape(n, height // a, a, width // b, b, channels).transpose(0, 1, 3, 2, 4, 5)
+    return blocks.reshape(n, height // a, width // b, a * b * channels)
+
+
 def padded(x: Array, conv: Conv) -> Array:
     """The images spread by their dilation, with their edges."""
     spatial = [

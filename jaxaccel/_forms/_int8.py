@@ -22,7 +22,7 @@ from jaxaccel._forms._conditions import (
     taps,
 )
 from jaxaccel._forms._contracted import im2col
-from jaxaccel._forms._conv import ConvForm, alone, edged, phases, split
+from jaxaccel._forms._conv import ConvForm, alone, edged, phases, space_to_depth, split
 from jaxaccel._forms._depthwise import shifted
 from jaxaccel._forms._integers import (
     EXACT,
@@ -31,7 +31,6 @@ from jaxaccel._forms._integers import (
     block_diagonal,
     float32_results,
     for_library,
-    space_to_depth,
 )
 from jaxaccel._forms._op import Op
 
@@ -98,7 +97,7 @@ CONVS: dict[str, tuple[ConvForm, Condition, tuple[str, ...]]] = {
     "banded 4": (banded(4), _few_channels, CPU),
     "banded 8": (banded(8), _few_channels, CPU),
     "columns 4": (columns(4), _few_channels, CPU),
-    "space to depth": (space_to_depth, _strided, CPU),
+    "space to depth": (space_to_depth(for_library), _strided, CPU),
     "library": (for_library, both(dense, lambda op: not in_library(op)), CPU),
     "phases, library": (phases(for_library), both(dense, gaps), CPU),
     "block diagonal": (block_diagonal(for_library), _grouped, CPU),

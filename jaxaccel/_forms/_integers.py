@@ -70,34 +70,6 @@ def _with_channels(x: Array, kernel: Array) -> tuple[Array, Array]:
     return images, lax.pad(kernel, zero, [none, none, (0, more, 0), none])
 
 
-def space_to_depth(x: Array, kernel: Array, conv: Conv) -> Array:
-    """The pixels between two strides as channels: what remains moves by one."""
-    strides, (batch, *_, channels) = conv.strides, x.shape
-    taps = [-(-size // step) for size, step in zip(kernel.shape, strides, strict=False)]
-    places = out_size(x.shape, kernel.shape, conv)
-    blocks = [n - 1 + tap for n, tap in zip(places, taps, strict=True)]
-    pads = [
-        (low, count * step - low - pixels)
-        for (low, _), count, step, pixels in zip(
-            conv.pads, blocks, strides, x.shape[1:3], strict=True
-        )
-    ]
-    more = [
-        (0, tap * step - size, 0)
-        for tap, step, size in zip(taps, strides, kernel.shape, strict=False)
-    ]
-    zero, none, (high, wide) = jnp.zeros((), kernel.dtype), (0, 0, 0), strides
-    images = padded(x, conv._replace(pads=tuple(pads)))
-    images = images.reshape(batch, blocks[0], high, blocks[1], wide, channels)
-    kernel = lax.pad(kernel, zero, [*more, none, none])
-    kernel = kernel.reshape(taps[0], high, taps[1], wide, channels, -1)
-    return for_library(
-        images.transpose(0, 1, 3, 2, 4, 5).reshape(batch, *blocks, -1),
-        kernel.transpose(0, 2, 1, 3, 4, 5).reshape(*taps, high * wide * channels, -1),
-        conv._replace(strides=(1, 1), pads=((0, 0), (0, 0))),
-    )
-
-
 def block_diagonal(form: ConvForm) -> ConvForm:
     """All groups as one, under a kernel with zeros between them: more products, one call."""
 
