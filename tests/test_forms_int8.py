@@ -280,6 +280,15 @@ def test_rules():
     assert {rule(op_in(*call), "tpu") for call in RULED.values()} == {XLA}
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a library of XLA:CPU")
+@pytest.mark.parametrize("name", ["space to depth", "columns 4", "library"])
+def test_the_library_takes_what_is_made_for_it(name):
+    fn, args = RULED["ResNet-18, stem"]
+    op = op_in(fn, args)
+    run: Any = jax.jit(partial(formed, op.name, name, **op.params))
+    assert "__ynn_fusion" in run.lower(*args).compile().as_text()
+
+
 def convolutions(fn, args, platform) -> list[str]:
     traced: Any = jax.jit(by_rules(fn)).trace(*args)
     lowered = traced.lower(lowering_platforms=(platform,)).as_text()

@@ -223,10 +223,13 @@ def space_to_depth(form: ConvForm) -> ConvForm:
             pads.append((low, (places - 1) * step + wide - low - pixels))
             more.append((0, wide - taps, 0))
         zero, none = jnp.zeros((), kernel.dtype), (0, 0, 0)
-        whole = lax.pad(kernel, zero, [*more, none, none]).transpose(3, 0, 1, 2)
+        kernel = lax.pad(kernel, zero, [*more, none, none])
+        height, width, channels, out = kernel.shape
+        # Not with the outputs first: XLA would transpose the convolution, which no library takes.
+        blocks = _deep(kernel.reshape(1, height, width, channels * out), conv.strides)
         return form(
             _deep(padded(x, conv._replace(pads=tuple(pads))), conv.strides),
-            _deep(whole, conv.strides).transpose(1, 2, 3, 0),
+            blocks.reshape(*blocks.shape[1:3], -1, out),
             conv._replace(strides=(1, 1), pads=((0, 0), (0, 0))),
         )
 
