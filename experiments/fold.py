@@ -19,7 +19,7 @@ from flax import nnx
 
 import jaxaccel as jx
 from experiments import common
-from jaxaccel import _graph
+from jaxaccel import _trace
 
 BATCHES = (1, 8)
 COLUMNS = (
@@ -58,7 +58,7 @@ def kernels(fn: Callable, params: Any, x: Any) -> int:
 
 
 def equations(fn: Callable, params: Any, x: Any) -> int:
-    return common.equations(_graph.trace(fn, params, x).graph)
+    return common.equations(_trace.trace(fn, params, x).graph)
 
 
 def measured(name: str, module: nnx.Module, shape: tuple[int, ...], batch: int) -> dict[str, Any]:

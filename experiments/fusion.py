@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 import jaxaccel as jx
 from experiments import common
-from jaxaccel import _graph
+from jaxaccel import _graph, _trace
 from jaxaccel._tuned import untuned
 
 BATCH = 128
@@ -66,7 +66,7 @@ def apart(fn: Callable) -> Callable:
     """The same function with a barrier behind each operation, calls inlined."""
 
     def held(params: Any, *args: Any) -> Any:
-        traced = _graph.trace(fn, params, *args)
+        traced = _trace.trace(fn, params, *args)
         results = _graph.run(traced.graph, jax.tree.leaves((params, args)), _held_apart)
         return jax.tree.unflatten(traced.out_tree, results)
 

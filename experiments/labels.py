@@ -21,7 +21,7 @@ from flax import nnx
 
 import jaxaccel as jx
 from experiments import common
-from jaxaccel import _graph
+from jaxaccel import _trace
 from jaxaccel._labels import label
 
 RUNS = 5
@@ -76,7 +76,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 def measured(name: str, fn: Callable, params: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    traced, trace_seconds = timed(lambda: _graph.trace(fn, params, x))
+    traced, trace_seconds = timed(lambda: _trace.trace(fn, params, x))
     (labelling, _), label_seconds = timed(lambda: label(traced, range(traced.num_params)))
     groups = jx.groups(fn, params, x)
     return {

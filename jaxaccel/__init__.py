@@ -5,8 +5,8 @@ itself imports neither flax nor optax.
 
 >>> import jaxaccel as jx
 >>> sorted(name for name in dir(jx) if not name.startswith("_"))
-['Accelerator', 'augment', 'autotune', 'check_rule', 'data', 'distill', 'fold', 'functional',
- 'groups', 'measure', 'nn', 'prune', 'quantize', 'register_rule']
+['Accelerator', 'augment', 'autotune', 'check_rule', 'data', 'distill', 'export', 'fold',
+ 'functional', 'groups', 'measure', 'nn', 'prune', 'quantize', 'register_rule']
 """
 
 from importlib import import_module
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxaccel import augment as augment
     from jaxaccel import data as data
     from jaxaccel import distill as distill
+    from jaxaccel import export as export
     from jaxaccel import fold as fold
     from jaxaccel import measure as measure
     from jaxaccel import nn as nn
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("augment", "data", "distill", "fold", "measure", "nn", "prune", "quantize")
+_MODULES = ("augment", "data", "distill", "export", "fold", "measure", "nn", "prune", "quantize")
 _NAMES = {
     "Accelerator": "train",
     "autotune": "_autotune",

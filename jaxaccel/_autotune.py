@@ -3,6 +3,8 @@
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,6 +17,7 @@ from jaxaccel._forms import Op, candidates, plain, rule
 from jaxaccel._forms_report import Report, Row, Whole
 from jaxaccel._graph import Graph, Node, Value
 from jaxaccel._progress import bar
+from jaxaccel._recipe import with_step
 from jaxaccel._rewritten import flat_graph
 from jaxaccel._timing import Timed, synthetic, timed
 from jaxaccel._tuned import formed, has_forms, op_of, tuned
@@ -22,6 +25,7 @@ from jaxaccel._tuned import formed, has_forms, op_of, tuned
 # A form is taken if it is faster by more than what two timings of the same code differ.
 _WORTH = 0.97
 _ROUNDS_OF_WHOLE = 9
+_RULES_ALONE = ContextVar("rules_alone", default=False)
 _JIT_TRACER = "DynamicJaxprTracer"  # its name is all that the public API tells of it
 
 
@@ -83,12 +87,23 @@ def autotune(
     return Autotuned(fn, mode, Choices(cache), progress)
 
 
+@contextmanager
+def rules_alone() -> Iterator[None]:
+    """While it lasts nothing is timed for being called."""
+    token = _RULES_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _RULES_ALONE.reset(token)
+
+
 class Autotuned:
     """What `autotune` returns."""
 
     def __init__(self, fn: Callable, mode: str, choices: Choices, progress: bool) -> None:
         functools.update_wrapper(self, fn)
         self._fn, self._progress = fn, progress
+        self.recipe = with_step(fn, "autotune")
         self._tuner = Measured(choices, mode == "measure")
 
     def __repr__(self) -> str:
@@ -109,7 +124,7 @@ class Autotuned:
     def _chosen(self, graph: Graph, leaves: Sequence[Any]) -> Callable:
         """How to run this call: tuned, or as it was traced."""
         own = lambda graph, leaves: tuned(graph, leaves, self._tuner)
-        if not (self._tuner.measures and _stands_alone(graph, leaves)):
+        if not (self._tuner.measures and _stands_alone(graph, leaves)) or _RULES_ALONE.get():
             return own
         nodes = list(_tunable(graph))
         ops = {op.key: op for op in map(op_of, nodes)}.values()

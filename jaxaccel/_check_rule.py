@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccel._axes import Axes, Labels
-from jaxaccel._graph import Trace, trace
 from jaxaccel._labels import Labelling, label
 from jaxaccel._shrink import Shrunk
+from jaxaccel._trace import Trace, trace
 
 _TRIALS = 5
 

@@ -96,44 +96,6 @@ class Graph:
     constants: dict[Value, Any] = field(default_factory=dict)
 
 
-class Trace(NamedTuple):
-    """A traced call: its graph, and where its flat inputs and outputs stand in the trees."""
-
-    graph: Graph
-    paths: list[str]  # of every input; "params/conv1/kernel" for the first argument's leaves
-    num_params: int  # how many inputs are leaves of the first argument
-    out_tree: Any
-    out_paths: list[str]
-
-
-def trace(fn: Callable, *args: Any) -> Trace:
-    """The graph of ``fn(*args)`` without dead code; the leaves of `args` are arrays or avals.
-
-    Raises:
-        TypeError: a leaf of `args` or of the result is no array, the first of `args` or the result
-            has no leaves, or `fn` closes over a value that is being traced.
-    """
-    arguments = [leaf_paths(arg, "" if i == 0 else f"args[{i}]") for i, arg in enumerate(args)]
-    if not arguments[0]:
-        raise TypeError(f"params: {args[0]!r} has no arrays; fn takes its parameters first")
-    avals = [
-        jax.tree.unflatten(jax.tree.structure(arg), [aval_of(p, v) for p, v in leaves.items()])
-        for arg, leaves in zip(args, arguments, strict=True)
-    ]
-    closed, shapes = jax.make_jaxpr(lambda *a: _checked(fn(*a)), return_shape=True)(*avals)
-    for constant in closed.consts:
-        if isinstance(constant, jax.core.Tracer):
-            raise TypeError(
-                f"fn closes over a traced value of type {jax.typeof(constant)}: it is being "
-                "transformed outside of fn; pass it to fn as an argument"
-            )
-    paths = [path for leaves in arguments for path in leaves]
-    out_tree = jax.tree.structure(shapes)
-    return Trace(
-        needed(_graph(closed)), paths, len(arguments[0]), out_tree, list(leaf_paths(shapes))
-    )
-
-
 def leaf_paths(tree: Any, root: str = "") -> dict[str, Any]:
     """``{"conv1/kernel": leaf}`` in tree order, below `root`."""
     found = {}
@@ -175,19 +137,6 @@ def graph_of(fn: Callable, *avals: Any) -> tuple[Graph, Any]:
     """The graph of ``fn(*avals)``, as it is traced, and the tree of its result."""
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*avals)
     return _graph(closed), jax.tree.structure(shapes)
-
-
-def _checked(result: Any) -> Any:
-    leaves = leaf_paths(result)
-    if not leaves:
-        raise TypeError(f"fn returns no arrays, but {result!r}; it may only return pytrees of them")
-    for path, leaf in leaves.items():
-        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
-            where = f" at {path}" if path else ""
-            raise TypeError(
-                f"fn returns a {type(leaf).__name__}{where}; it may only return pytrees of arrays"
-            )
-    return result
 
 
 def _graph(closed: Any) -> Graph:

@@ -11,9 +11,9 @@ import numpy as np
 
 from jaxaccel._axes import Axes, Labels
 from jaxaccel._dataflow import shuffles
-from jaxaccel._graph import Trace, trace
 from jaxaccel._labels import Labelling, label
 from jaxaccel._table import table
+from jaxaccel._trace import Trace, trace
 
 _SHOWN = 3  # slices or axes listed before "and n more"
 

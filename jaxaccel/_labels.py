@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccel._axes import OPAQUE, Axes, Axis, Free, Labels, Ties
-from jaxaccel._graph import Atom, Graph, Literal, Node, Trace, Value
+from jaxaccel._graph import Atom, Graph, Literal, Node, Value
 from jaxaccel._rules import constant, few_integers, known_elements, rule_of
+from jaxaccel._trace import Trace
 
 
 class Labelling(Ties):

@@ -56,6 +56,11 @@ def by_rules(fn: Callable) -> Callable:
     return rewritten(fn, partial(_tune, RULES), lambda node: has_forms(node) and not node.tuner)
 
 
+def retuned(fn: Callable, tuner: Tuner) -> Callable:
+    """The function with `tuner` in the place of every other."""
+    return rewritten(fn, partial(_tune, tuner), lambda node: node.tuner is not None)
+
+
 def untuned(fn: Callable) -> Callable:
     """The function with XLA's own ops."""
 

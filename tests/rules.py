@@ -9,8 +9,9 @@ import pytest
 
 import jaxaccel as jx
 from jaxaccel._axes import Labels
-from jaxaccel._graph import Graph, trace
+from jaxaccel._graph import Graph
 from jaxaccel._labels import label
+from jaxaccel._trace import trace
 
 
 def shape(*sizes: int) -> jax.ShapeDtypeStruct:

@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 import jaxaccel as jx
-from jaxaccel import _dataflow, _graph
+from jaxaccel import _dataflow, _trace
 from tests.models import ZOO, from_nnx, tiers
 from tests.networks import frameworks, sequence, vision
 from tests.networks.vision import normals
@@ -52,7 +52,7 @@ def primitives(fn, *args) -> list[str]:
             for body in node.bodies:
                 yield from names(body)
 
-    return list(names(_dataflow.needed(_dataflow.flatten(_graph.trace(fn, *args).graph))))
+    return list(names(_dataflow.needed(_dataflow.flatten(_trace.trace(fn, *args).graph))))
 
 
 def roots(fn, *args) -> int:

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxaccel import _dataflow, _graph
+from jaxaccel import _dataflow, _graph, _trace
 from jaxaccel._rewritten import rerun
 from tests.models import ZOO, Case, tiers
 from tests.networks import frameworks, sequence, vision
@@ -27,7 +27,7 @@ def replayed(fn):
     """The function that traces `fn` for its arguments and runs the graph."""
 
     def call(*args: Any) -> Any:
-        traced = _graph.trace(fn, *args)
+        traced = _trace.trace(fn, *args)
         return jax.tree.unflatten(traced.out_tree, _graph.run(traced.graph, jax.tree.leaves(args)))
 
     return call
@@ -181,7 +181,7 @@ def test_every_kind_of_body(batch):
 
 def test_rerun_with_the_same_bodies_is_the_call():
     x = jax.random.normal(jax.random.key(2), (5, 3))
-    traced = _graph.trace(rich, RICH, x)
+    traced = _trace.trace(rich, RICH, x)
     seen = set()
 
     def rule(node, operands):
@@ -247,7 +247,7 @@ def test_dead_code_goes_and_effects_stay():
         jax.debug.print("{}", x)
         return p * 2
 
-    names = [node.name for node in _graph.trace(fn, jnp.ones(2), jnp.ones(2)).graph.nodes]
+    names = [node.name for node in _trace.trace(fn, jnp.ones(2), jnp.ones(2)).graph.nodes]
     assert names == ["debug_print", "mul"] or names == ["debug_callback", "mul"]
 
 
@@ -256,7 +256,7 @@ def test_what_depends_on_parameters_alone_becomes_a_constant():
         return x * lax.rsqrt(p["var"] + 1e-5) + jax.nn.relu(p["bias"])
 
     params, x = {"bias": -jnp.ones(3), "var": jnp.arange(3.0)}, jnp.ones((2, 3))
-    graph = _dataflow.flatten(_graph.trace(fn, params, x).graph)
+    graph = _dataflow.flatten(_trace.trace(fn, params, x).graph)
     folded = _dataflow.fold_constants(
         graph, dict(zip(graph.inputs, jax.tree.leaves(params), strict=False))
     )
@@ -266,7 +266,7 @@ def test_what_depends_on_parameters_alone_becomes_a_constant():
 
 
 def test_flatten_inlines_calls():
-    graph = _dataflow.flatten(_graph.trace(rich, RICH, jnp.ones((2, 3))).graph)
+    graph = _dataflow.flatten(_trace.trace(rich, RICH, jnp.ones((2, 3))).graph)
     names = {node.name for node in graph.nodes}
     assert not names & {"jit", "remat2"}
     same(
@@ -276,27 +276,27 @@ def test_flatten_inlines_calls():
 
 
 def test_source_lines_point_at_the_model():
-    traced = _graph.trace(replayed(lambda p, x: p @ x), jnp.ones((2, 2)), jnp.ones((2, 2)))
+    traced = _trace.trace(replayed(lambda p, x: p @ x), jnp.ones((2, 2)), jnp.ones((2, 2)))
     assert traced.graph.nodes[-1].source.startswith("tests/test_graph.py:")
 
 
 def test_bad_arguments_are_named():
     x = jnp.ones((2, 3))
     with pytest.raises(TypeError, match=r"conv1/kernel: expected an array, got str; fn takes"):
-        _graph.trace(lambda p, x: x, {"conv1": {"kernel": "he"}}, x)
+        _trace.trace(lambda p, x: x, {"conv1": {"kernel": "he"}}, x)
     with pytest.raises(TypeError, match=r"args\[1\]: expected an array, got object"):
-        _graph.trace(lambda p, x: x, {"w": x}, object())
+        _trace.trace(lambda p, x: x, {"w": x}, object())
     with pytest.raises(TypeError, match=r"params: expected an array, got str"):
-        _graph.trace(lambda p, x: x, "params", x)
+        _trace.trace(lambda p, x: x, "params", x)
     with pytest.raises(TypeError, match=r"fn returns a str at name; it may only return pytrees"):
-        _graph.trace(lambda p, x: {"name": "a", "out": x}, {"w": x}, x)
+        _trace.trace(lambda p, x: {"name": "a", "out": x}, {"w": x}, x)
     with pytest.raises(TypeError, match=r"fn returns a function; it may only return"):
-        _graph.trace(lambda p, x: lambda: x, {"w": x}, x)
+        _trace.trace(lambda p, x: lambda: x, {"w": x}, x)
 
 
 def test_a_closed_over_tracer_is_named():
     def outer(scale):
-        return _graph.trace(lambda p, x: p * x * scale, jnp.ones(2), jnp.ones(2))
+        return _trace.trace(lambda p, x: p * x * scale, jnp.ones(2), jnp.ones(2))
 
     with pytest.raises(
         TypeError,

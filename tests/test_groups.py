@@ -337,12 +337,12 @@ def test_bad_arguments():
 
 
 def test_no_labels_per_pixel():
-    from jaxaccel import _graph
     from jaxaccel._labels import label
+    from jaxaccel._trace import trace
 
     def labels(side: int) -> int:
         fn, params = vision.CASES[0].build()
-        traced = _graph.trace(fn, params, jax.ShapeDtypeStruct((64, side, side, 3), "float32"))
+        traced = trace(fn, params, jax.ShapeDtypeStruct((64, side, side, 3), "float32"))
         return len(label(traced, range(traced.num_params))[0])
 
     assert labels(8) == labels(256)

@@ -12,8 +12,8 @@ from flax import nnx
 import jaxaccel as jx
 from jaxaccel import _tuned, nn
 from jaxaccel._forms import rule
-from jaxaccel._graph import trace
 from jaxaccel._select import flatten
+from jaxaccel._trace import trace
 from jaxaccel.nn import _residual
 from tests.nn_reference import (
     numpy_conv,

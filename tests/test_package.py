@@ -18,7 +18,10 @@ LAYERS = [
     *(
         "_apart",
         "_progress",
+        "_recipe",
         "_graph",
+        "_slices",
+        "_trace",
         "_rewritten",
         "_dataflow",
         "_disjoint",
@@ -29,6 +32,7 @@ LAYERS = [
     "_shrink",
     *("_table", "_forms", "_tuned", "_timing", "_choices", "_forms_report", "_autotune"),
     *("_groups", "_check_rule", "fold", "_select", "_functional", "measure", "quantize", "prune"),
+    "export",
 ]
 
 
@@ -99,5 +103,5 @@ def test_a_bare_import_is_light():
 def test_every_name_loads():
     for name in dir(jaxaccel):
         assert getattr(jaxaccel, name) is not None
-    with pytest.raises(AttributeError, match="module 'jaxaccel' has no attribute 'export'"):
-        _ = jaxaccel.export  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(AttributeError, match="module 'jaxaccel' has no attribute 'exports'"):
+        _ = jaxaccel.exports  # pyright: ignore[reportAttributeAccessIssue]

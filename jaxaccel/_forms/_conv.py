@@ -178,9 +178,9 @@ def phases(form: ConvForm) -> ConvForm:
         places = list(product(*(range(gap) for gap in gaps)))
         size = [-(-n // gap) for n, gap in zip(out, gaps, strict=True)]
         parts = [_phase(form, x, kernel, conv, place, size) for place in places]
-        grid = jnp.stack(parts, 1).reshape(len(x), *gaps, *size, parts[0].shape[3])
+        grid = jnp.stack(parts, 1).reshape(x.shape[0], *gaps, *size, parts[0].shape[3])
         whole = grid.transpose(0, 3, 1, 4, 2, 5)
-        whole = whole.reshape(len(x), size[0] * gaps[0], size[1] * gaps[1], -1)
+        whole = whole.reshape(x.shape[0], size[0] * gaps[0], size[1] * gaps[1], -1)
         return whole[:, : out[0], : out[1]]
 
     return run
@@ -200,7 +200,7 @@ def _phase(
         taps.append(slice(first, None, gap))
         pads.append((before, n + count - 1 - before - x.shape[axis + 1]))
         if count == 0:
-            zeros = (len(x), *size, kernel.shape[3])
+            zeros = (x.shape[0], *size, kernel.shape[3])
             return jnp.zeros(zeros, conv.dtype)
     plain = conv._replace(pads=tuple(pads), lhs_dilation=(1, 1))
     return form(x, kernel[taps[0], taps[1]], plain)

@@ -113,7 +113,8 @@ def _as_operands(state: list[list[Axis]], init: Sequence[Axes]) -> list[Axes]:
 
 
 def _carried(t: Ties, x: Axes, k: int) -> Axis:
-    return OPAQUE if x[k] is OPAQUE else t.labelled(x[k], x.shape[k])
+    whole = x[k] is OPAQUE or not isinstance(x.shape[k], int)  # a batch of any size
+    return OPAQUE if whole else t.labelled(x[k], x.shape[k])
 
 
 def _weaker(t: Ties, before: Axis, after: Axis) -> Axis:

@@ -1,6 +1,6 @@
 """What was folded, and what was not and why."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxaccel._table import table
 
@@ -46,6 +46,11 @@ class Report(NamedTuple):
         rows += [("refused", r.where, f"{r.reason} ({r.source})") for r in self.refused]
         sums = f"{len(self.folded)} folded, {len(self.merged)} merged, {len(self.refused)} refused"
         return f"{table(('', 'into', 'what'), rows)}\n{sums}" if rows else sums
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: what was folded and merged, by paths."""
+        chosen = {"folded": self.folded, "merged": self.merged}
+        return {name: [one._asdict() for one in chains] for name, chains in chosen.items()}
 
 
 def _into(leaves: tuple[str, ...], bias: str | None) -> str:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from jaxtyping import Array
 
 from jaxaccel._dataflow import flatten, needed
-from jaxaccel._graph import Graph, Node, Value, trace
+from jaxaccel._graph import Graph, Node, Value
+from jaxaccel._trace import trace
 from jaxaccel.fold._contractions import spread
 from jaxaccel.fold._match import Matches
 from jaxaccel.fold._view import Keys, Labels, View, check_free

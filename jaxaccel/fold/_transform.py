@@ -9,7 +9,9 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jaxaccel._graph import Trace, Value, run, trace
+from jaxaccel._graph import Value, run
+from jaxaccel._recipe import with_step
+from jaxaccel._trace import Trace, trace
 from jaxaccel.fold import _describe, _signature
 from jaxaccel.fold._coefficients import new_leaves
 from jaxaccel.fold._match import Matches, match
@@ -81,6 +83,7 @@ class Folded:
         self, fn: Callable, params: PyTree, new: Mapping[Keys, Any], signature: str, report: Report
     ) -> None:
         self._fn, self._signature, self.report = fn, signature, report
+        self.recipe = with_step(fn, "fold.batchnorm", **report.to_dict())
         self._tree = jax.tree.structure(params)
         self._originals = {keys: jax.typeof(leaf) for keys, leaf in keyed(params).items()}
         self._expected = {keys: jnp.shape(leaf) for keys, leaf in new.items()}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
+from jaxaccel._recipe import with_step
 from jaxaccel._table import table
 from jaxaccel.prune import _saved
 from jaxaccel.prune._module import smaller
@@ -157,6 +158,8 @@ class Plan:
         def rewritten(*args: Any, **static: Any) -> Any:
             return call(partial(fn, **static), self.shapes, self.kept, numbers, args)
 
+        steps = with_step(fn, "prune", plan=_saved.content(self._fields()))
+        setattr(rewritten, "recipe", steps)  # noqa: B010
         train = getattr(fn, "train", None)
         if train is not None:
             setattr(rewritten, "train", self.rewrite(train, argnums))  # noqa: B010
@@ -185,8 +188,10 @@ class Plan:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the plan as JSON, whole or not at all; `load` reads it."""
-        fields = {field: getattr(self, field) for field in self.__dataclass_fields__}
-        _saved.write(Path(path), fields)
+        _saved.write(Path(path), self._fields())
+
+    def _fields(self) -> dict[str, Any]:
+        return {field: getattr(self, field) for field in self.__dataclass_fields__}
 
     @staticmethod
     def load(path: str | PathLike[str]) -> "Plan":

@@ -9,9 +9,10 @@ from jaxtyping import PyTree
 
 from jaxaccel._axes import Axes, Labels
 from jaxaccel._dataflow import shuffles
-from jaxaccel._graph import Trace, shape_of, trace
+from jaxaccel._graph import shape_of
 from jaxaccel._labels import Labelling, ids, label
 from jaxaccel._shrink import Shrunk
+from jaxaccel._trace import Trace, trace
 from jaxaccel.prune._paths import Kept, Names, Shapes, check, located, small_shape
 
 _SMALL = "pass plan.shrink(params) to the rewritten function"

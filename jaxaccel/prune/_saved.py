@@ -16,17 +16,21 @@ _FORMAT, _VERSION = "jaxaccel.prune.Plan", 1
 
 def write(path: Path, fields: Mapping[str, Any]) -> None:
     """Writes the whole file or nothing."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(json.dumps(content(fields)))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def content(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What is written, as plain data."""
     kept = {
         path: {str(axis): indices.tolist() for axis, indices in axes.items()}
         for path, axes in fields["kept"].items()
     }
-    content = {"format": _FORMAT, "version": _VERSION, **fields, "kept": kept}
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(json.dumps(content))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    return {"format": _FORMAT, "version": _VERSION, **fields, "kept": kept}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -36,18 +40,18 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: the file is no plan, of another version, or damaged.
     """
     try:
-        content = json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a saved plan: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+    if not isinstance(found, dict) or found.get("format") != _FORMAT:
         raise ValueError(f"{path}: not a saved plan: it has no format {_FORMAT!r}")
-    if content.get("version") != _VERSION:
+    if found.get("version") != _VERSION:
         raise ValueError(
-            f"{path}: version {content.get('version')!r} of the format; this jaxaccel reads "
+            f"{path}: version {found.get('version')!r} of the format; this jaxaccel reads "
             f"version {_VERSION}"
         )
     try:
-        return _fields(content)
+        return _fields(found)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: damaged: {type(error).__name__}: {error}") from None
 

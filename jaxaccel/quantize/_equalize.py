@@ -15,9 +15,10 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxaccel._axes import Axes
 from jaxaccel._axes import Labels as Ids
-from jaxaccel._graph import Node, Trace, Value, run
+from jaxaccel._graph import Node, Value, run
 from jaxaccel._labels import Labelling, label
 from jaxaccel._table import table
+from jaxaccel._trace import Trace
 from jaxaccel.fold._transform import keyed
 from jaxaccel.fold._view import Keys
 from jaxaccel.quantize._calibrate import arguments, first

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from jaxaccel._recipe import with_step
 from jaxaccel._select import Where
 from jaxaccel.fold._transform import keyed
 from jaxaccel.quantize import _calibrate, _constants
@@ -107,6 +108,7 @@ class Fake:
     ) -> None:
         self._traced, self._axes, self._power = traced, dict(made.axes), power
         self._signature = signature(made)
+        self.recipe = with_step(traced.fn, "quantize.fake")
         self._args = jax.tree.map(jax.typeof, tuple(args))
         self._zeros = [grid.zero_point for grid in grids]
         leaves = keyed(params)

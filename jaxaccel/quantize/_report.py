@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxaccel._table import table
 from jaxaccel.quantize._arithmetic import Grid
@@ -49,6 +49,14 @@ class Report(NamedTuple):
             times = (f"{1e3 * s:.3g} ms {name}" for name, s in self.seconds.items())
             counts += f"; a call takes {', '.join(times)}"
         return f"{table(('', 'where', 'reads', 'gives'), rows)}\n{counts}" if rows else counts
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the grids of what runs on integers, and why the rest does not."""
+        grid = lambda one: None if one is None else one._asdict()
+        layers = [{"where": r.where, "reads": grid(r.data), "gives": grid(r.result)}
+                  for r in self.rows]  # fmt: skip
+        left = [{"where": one.where, "reason": one.reason} for one in self.left]
+        return {"layers": layers, "left": left}
 
 
 def report(made: Plan, grids: Sequence[Grid]) -> Report:

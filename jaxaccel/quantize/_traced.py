@@ -10,7 +10,8 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jaxaccel._graph import Trace, trace
+from jaxaccel._recipe import with_step
+from jaxaccel._trace import Trace, trace
 from jaxaccel.fold import batchnorm
 from jaxaccel.fold._transform import keyed
 from jaxaccel.fold._view import Keys
@@ -90,6 +91,8 @@ class Quantized:
         self._signature = signature(made)
         self._expected = {keys: _shape(leaf) for keys, leaf in new.items()}
         self.report = report(made, grids)
+        settings = {"activations": traced.choice.activations, **self.report.to_dict()}
+        self.recipe = with_step(traced.fn, "quantize.int8", **settings)
 
     def __repr__(self) -> str:
         """The original function, and how much of it runs on integers."""

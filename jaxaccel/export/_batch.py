@@ -1,0 +1,57 @@
+"""Which axes of the arguments are the batch, of every size."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.export
+
+from jaxaccel._graph import aval_of
+from jaxaccel.export._tree import Described, raw
+
+BATCH = "batch"
+Axes: TypeAlias = int | Sequence[Any] | None
+
+
+def symbolic(example: Sequence[Any], given: Described, batch_axes: Axes) -> list[Any]:
+    """The flat arguments as shapes, with a symbol for the batch size.
+
+    Raises:
+        ValueError: an argument has no such axis, or another size along it.
+    """
+    leaves = jax.tree.leaves(tuple(example))
+    for name, leaf in zip(given.names, leaves, strict=True):
+        aval_of(name, leaf)
+    avals = [jax.eval_shape(raw, leaf) for leaf in leaves]
+    if any(type(size) is not int for aval in avals for size in aval.shape):
+        return avals  # the caller has symbols of his own
+    sizes, found = {}, []
+    (batch,) = jax.export.symbolic_shape(BATCH)
+    for name, aval, axis in zip(given.names, avals, _axes(example, batch_axes), strict=True):
+        shape = list(aval.shape)
+        if axis is not None:
+            if not -len(shape) <= axis < len(shape):
+                raise ValueError(
+                    f"{name}: of shape {aval.shape}, has no axis {axis} for the batch; pass "
+                    "batch_axes with None for it, as in_axes of jax.vmap"
+                )
+            sizes[name], shape[axis] = shape[axis], batch
+        found.append(jax.ShapeDtypeStruct(tuple(shape), aval.dtype))
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"batch_axes={batch_axes}: the arguments differ in their batch size ({listed}); pass "
+            "None for those without a batch, as in_axes of jax.vmap"
+        )
+    return found
+
+
+def _axes(example: Sequence[Any], batch_axes: Axes) -> list[int | None]:
+    """Of every leaf."""
+    none = lambda axis: axis is None
+    given = batch_axes if isinstance(batch_axes, int | None) else tuple(batch_axes)
+    try:
+        whole = jax.tree.broadcast(given, tuple(example), is_leaf=none)
+    except ValueError as error:
+        raise ValueError(f"batch_axes={batch_axes!r} does not fit the arguments: {error}") from None
+    return jax.tree.leaves(whole, is_leaf=none)
