@@ -78,12 +78,15 @@ class Node:
     @property
     def source(self) -> str:
         """The line that made it: "models/net.py:31 (__call__)"."""
-        if self.info is None:
-            return ""
-        place, _, function = source_info_util.summarize(self.info).partition(" ")
-        path, *position = place.split(":")
-        line = ":".join(["/".join(path.split("/")[-2:]), *position[:1]])
-        return f"{line} {function}".strip()
+        return "" if self.info is None else source_of(self.info)
+
+
+def source_of(info: Any) -> str:
+    """The line that made an equation, from its source info."""
+    place, _, function = source_info_util.summarize(info).partition(" ")
+    path, *position = place.split(":")
+    line = ":".join(["/".join(path.split("/")[-2:]), *position[:1]])
+    return f"{line} {function}".strip()
 
 
 @dataclass(eq=False, slots=True)

@@ -5,4 +5,5 @@ from jaxaccel.export._load import load as load
 from jaxaccel.export._load import manifest as manifest
 from jaxaccel.export._load import params as params
 from jaxaccel.export._manifest import Manifest as Manifest
+from jaxaccel.export._onnx import onnx as onnx
 from jaxaccel.export._save import save as save

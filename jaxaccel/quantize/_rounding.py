@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, PyTree
 
 from jaxaccel._graph import Node, run
@@ -142,6 +141,8 @@ def _learned(layer: Layer, x: Array, w: Array, q: QTensor) -> QTensor:
     wide = w.astype(jnp.float32) / q.scale
     low = jnp.floor(wide)
     share = jnp.clip(wide - low, 0.01, 0.99)
+    import optax  # here alone: what loads quantized parameters needs none
+
     # Rectified sigmoid: it reaches 0 and 1, and starts at the fraction itself.
     start = jnp.log((share + 0.1) / (1.1 - share))
     size = jnp.mean(jnp.square(_result(layer, x, w))) + 1e-12

@@ -1,0 +1,184 @@
+"""`jx.export.onnx`: a function and its parameters as a file of ONNX."""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.dtypes
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from jaxaccel._autotune import rules_alone
+from jaxaccel._graph import aval_of, leaf_paths, values_of
+from jaxaccel._slices import is_symbolic
+from jaxaccel._trace import Trace, check_transparent, trace
+from jaxaccel._tuned import untuned
+from jaxaccel.export._batch import Axes, symbolic
+from jaxaccel.export._files import staged
+from jaxaccel.export._onnx._assembled import assembled
+from jaxaccel.export._onnx._converted import check_installed, first_line, only_example
+from jaxaccel.export._onnx._lowered import lowered
+from jaxaccel.export._onnx._settled import settled
+from jaxaccel.export._tree import describe, implementations, raw, typed
+from jaxaccel.fold import batchnorm
+
+OPSETS = range(17, 24)
+
+
+def onnx(
+    path: str | os.PathLike[str],
+    fn: Callable,
+    params: PyTree,
+    *example: Any,
+    batch_axes: Axes = 0,
+    opset: int = 17,
+) -> None:
+    """Writes a function and its parameters as a file of ONNX, for engines such as onnxruntime.
+
+    Batch norm is folded first. The file computes in 32 bits, as JAX does by default. Images keep
+    their layout at the inputs and the results; inside they have their channels first, as the
+    operations of ONNX ask. It is written whole or not at all.
+
+    Args:
+        path: the file.
+        fn: ``fn(params, *args)``; inference. Autotuned operations become ONNX's own.
+        params: a pytree of arrays; each is in the file under its path.
+        *example: arguments of `fn`: pytrees (dicts, lists, tuples) of arrays, or of
+            `jax.ShapeDtypeStruct`. The inputs of the file are named by their paths, ``args/0`` if
+            the first is an array; the results ``result``, or by the paths below it.
+        batch_axes: which axis of each argument is the batch, as ``in_axes`` of `jax.vmap`. The
+            file works for every size of it, 1 included. None: for the sizes of the example alone.
+        opset: the version of ONNX's operations, 17 to 23.
+
+    Raises:
+        ImportError: jax2onnx or onnx is missing.
+        NotImplementedError: ONNX has no form of a primitive; the message names the line of it.
+        TypeError: a leaf is no array, has no numbers yet, or is of 64 bits; an argument or a
+            result has another kind of node.
+        ValueError: the axes do not fit the arguments, `fn` does not work for every batch size, or
+            a file of ONNX cannot hold so much.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, onnxruntime
+        >>> def net(params, x):
+        ...     return jnp.tanh(x @ params["dense"]["kernel"])
+        >>> path = tempfile.mkdtemp() + "/net.onnx"
+        >>> onnx(path, net, {"dense": {"kernel": jnp.eye(2)}}, jnp.ones((4, 2)))
+        >>> session = onnxruntime.InferenceSession(path)
+        >>> session.run(None, {"args/0": np.zeros((1, 2), "float32")})
+        [array([[0., 0.]], dtype=float32)]
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{target}: is a folder; name a file")
+    made = model(fn, params, example, batch_axes, opset).SerializeToString()
+    with staged(target) as stage:
+        (stage / "model").write_bytes(made)
+        os.replace(stage / "model", target)
+
+
+def model(
+    fn: Callable, params: PyTree, example: Sequence[Any], batch_axes: Axes = 0, opset: int = 17
+) -> Any:
+    """The ``onnx.ModelProto`` that `onnx` writes."""
+    check_installed()
+    if opset not in OPSETS:
+        raise ValueError(f"opset={opset}: must be one of {OPSETS[0]} to {OPSETS[-1]}")
+    check_transparent(fn)
+    call = _checked(fn, params, example, batch_axes)
+    with rules_alone(), jax.enable_x64(False):
+        traced, arrays = _traced(call)
+        _check_keys(call, traced)
+        given = dict(zip(traced.graph.inputs, arrays.items(), strict=False))  # the first of them
+        made = lowered(settled(traced.graph, given), list(call.inputs.values()))
+        return assembled(made, call.inputs, call.results, opset)
+
+
+class Call(NamedTuple):
+    """What is to be written: a function of flat arguments, and how these are called."""
+
+    fn: Callable
+    params: PyTree
+    example: tuple[Any, ...]
+    inputs: dict[str, Any]
+    keys: Mapping[str, str | None]  # the implementation of those inputs that are random keys
+    results: list[str]
+
+    def flat(self, fn: Callable) -> Callable:
+        """A function of the parameters and of arrays, in the place of `fn`."""
+        tree = jax.tree.structure(self.example)
+
+        def run(params: PyTree, *arrays: Any) -> list[Any]:
+            pairs = zip(self.inputs, arrays, strict=True)
+            args = jax.tree.unflatten(tree, [typed(x, self.keys[name]) for name, x in pairs])
+            return [raw(x) for x in jax.tree.leaves(fn(params, *args))]
+
+        return untuned(run)
+
+
+def _checked(fn: Callable, params: PyTree, example: Sequence[Any], batch_axes: Axes) -> Call:
+    example = tuple(example)
+    leaves = leaf_paths(params)
+    if not leaves:
+        raise TypeError(f"params: {params!r} has no arrays; fn takes its parameters first")
+    for name, leaf in leaves.items():
+        aval_of(name, leaf)
+        if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer):
+            raise TypeError(f"{name}: has no numbers yet; export outside of jax.jit, arrays")
+        _check_bits(name, leaf)
+    given = describe(example, "args", custom=False)
+    inputs = symbolic(example, given, batch_axes)
+    with rules_alone():
+        results = jax.eval_shape(fn, params, *example)  # the caller's own mistakes, as they are
+    made = describe(results, "result", custom=False)
+    passed = [*jax.tree.leaves(example), *jax.tree.leaves(results)]
+    for name, leaf in zip((*given.names, *made.names), passed, strict=True):
+        _check_bits(name, leaf)
+    named = dict(zip(given.names, inputs, strict=True))
+    return Call(fn, params, example, named, implementations(given.description), made.names)
+
+
+def _check_bits(name: str, leaf: Any) -> None:
+    dtype = jnp.result_type(leaf)
+    if dtype.name in ("float64", "int64", "uint64", "complex128"):
+        raise TypeError(
+            f"{name}: is of {dtype}, and a file of ONNX computes in 32 bits; cast it, or export "
+            "with jax.enable_x64(False)"
+        )
+
+
+def _traced(call: Call) -> tuple[Trace, dict[str, Any]]:
+    """For every batch size, and the parameters by their names; batch norm folded, if it can be."""
+    # What keeps it from being folded keeps nothing from being written.
+    with suppress(Exception), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "jx.fold.batchnorm: nothing to fold")
+        return _trace(call, *batchnorm(call.fn, call.params, *call.example))
+    try:
+        return _trace(call, call.fn, call.params)
+    except Exception as error:
+        if not any(is_symbolic(aval.shape) for aval in call.inputs.values()):
+            raise
+        raise ValueError(only_example(first_line(error))) from error
+
+
+def _check_keys(call: Call, traced: Trace) -> None:
+    """Raises a TypeError where `fn` reads a random key that it is given."""
+    read = {value for node in traced.graph.nodes for value in values_of(node.inputs)}
+    arguments = traced.graph.inputs[traced.num_params :]
+    for (name, key), value in zip(call.keys.items(), arguments, strict=True):
+        if key is not None and value in read:
+            raise TypeError(
+                f"{name}: is a random key, which ONNX has not; let fn hold a fixed one, or draw "
+                "the numbers before and pass these"
+            )
+
+
+def _trace(call: Call, fn: Callable, params: PyTree) -> tuple[Trace, dict[str, Any]]:
+    names = describe(params, "", custom=True).names
+    arrays = dict(zip(names, jax.tree.leaves(params), strict=True))
+    return trace(call.flat(fn), params, *call.inputs.values()), arrays
