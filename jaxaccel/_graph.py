@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 Literal = jex.Literal
 TUNED = "tuned_"  # before the name of the primitive that an op with a tuner stands for
+EXPORTED = "call_exported"  # a function without a graph
 
 
 class Value:

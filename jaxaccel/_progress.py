@@ -6,15 +6,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from rich.console import Console
-from rich.progress import Progress
-
 T = TypeVar("T")
 
 
 @contextmanager
 def bar(show: bool, name: str, total: int | None) -> Iterator[Callable[[], None]]:
     """A function to call after each step; the bar appears once it has taken a second."""
+    from rich.console import Console  # here alone: who loads a function needs no bars
+    from rich.progress import Progress
+
     progress = Progress(console=Console(stderr=True), auto_refresh=False, transient=True)
     task, start = progress.add_task(name, total=total), time.monotonic()
     visible = show and progress.console.is_terminal

@@ -24,7 +24,7 @@ from jaxaccel._graph import (
     run,
     vjp_graph,
 )
-from jaxaccel._slices import sliced
+from jaxaccel._slices import check_sizes, sliced
 from jaxaccel._trace import check_transparent
 
 
@@ -40,11 +40,16 @@ def rewritten(fn: Callable, rule: Rule, concerns: Callable[[Node], bool]) -> Cal
 
 
 def with_slices(fn: Callable) -> Callable:
-    """``fn`` with slices where jax.numpy gathers for a symbolic size: they are faster."""
+    """``fn`` with slices where jax.numpy gathers for a symbolic size: they are faster.
+
+    Raises:
+        ValueError: `fn` is not for every size.
+    """
 
     @wraps(fn)
     def call(*args: Any) -> Any:
         graph, leaves, out_tree = flat_graph(fn, args, {})
+        check_sizes(graph)
         graph, made = sliced(graph)
         as_it_is = lambda node, operands: node.run(operands)
         return jax.tree.unflatten(out_tree, everywhere(graph, leaves, as_it_is, made.__contains__))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,8 @@ def sliced(graph: Graph) -> Sliced:
     for node in graph.nodes:
         bodies = [sliced(body) for body in node.bodies]
         found = _slices(graph, node, known)
-        if not node.effects and known.issuperset(values_of(node.inputs)):
+        sized = node.effects or node.name == "dim_as_value"  # which no inputs tell
+        if not sized and known.issuperset(values_of(node.inputs)):
             known.update(node.outputs)
         if any(body.made for body in bodies):
             node = replace(node, bodies=tuple(body.graph for body in bodies))
@@ -46,6 +48,17 @@ def _slices(graph: Graph, node: Node, known: set[Value]) -> list[Node]:
         return []
     window = _window(shape_of(operand), _numbers(graph, indices), node.params)
     return [] if window is None else _spliced(window, operand, node)
+
+
+def check_sizes(graph: Graph) -> None:
+    """Raises a ValueError for a reshape that only some sizes allow, which JAX leaves for later."""
+    for node in graph.nodes:
+        if node.name == "reshape":
+            before, shape = shape_of(node.inputs[0]), node.outputs[0].shape
+            if is_symbolic(before) and prod(before) != prod(shape):
+                raise ValueError(f"reshape ({node.source}) makes {before} {shape}")
+        for body in node.bodies:
+            check_sizes(body)
 
 
 def is_symbolic(shape: Sequence[Any]) -> bool:

@@ -7,10 +7,17 @@ import jax
 import jax.core
 import numpy as np
 
-from jaxaccel._graph import Graph, aval_of, graph_of, leaf_paths, needed, primitives, values_of
+from jaxaccel._graph import (
+    EXPORTED,
+    Graph,
+    aval_of,
+    graph_of,
+    leaf_paths,
+    needed,
+    primitives,
+    values_of,
+)
 from jaxaccel._slices import sliced
-
-_EXPORTED = "call_exported"
 
 
 class Trace(NamedTuple):
@@ -74,7 +81,7 @@ def _check_calls(graph: Graph, num_params: int) -> None:
         if of_params.isdisjoint(values_of(node.inputs)):
             continue
         of_params.update(node.outputs)
-        if _EXPORTED in (node.name, *primitives(node.params)):
+        if EXPORTED in (node.name, *primitives(node.params)):
             raise TypeError(
                 f"fn passes parameters to a function of jx.export.load ({node.source}), which "
                 "cannot be transformed; call the function that it was saved from"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jaxaccel._axes import OPAQUE, Axes, Axis, Labels, Ties
-from jaxaccel._graph import Graph, Node, is_float, jvp_graph, loop, vjp_graph
+from jaxaccel._graph import EXPORTED, Graph, Node, is_float, jvp_graph, loop, primitives, vjp_graph
 from jaxaccel._rules._table import Results, add
 
 
@@ -35,7 +35,7 @@ def _custom_jvp(t: Ties, node: Node, *operands: Axes) -> Results:
 def _custom_vjp(t: Ties, node: Node, *operands: Axes) -> Results:
     """Its backward pass is followed too: it may mix what its forward pass does not."""
     made = t.inside(node.bodies[0], operands)
-    if t.in_derivative:
+    if t.in_derivative or EXPORTED in primitives(node.params):  # which has no gradient
         return [list(out) for out in made]
     active = [i for i, atom in enumerate(node.inputs) if is_float(atom)]
     results = [i for i, out in enumerate(node.outputs) if is_float(out)]

@@ -6,10 +6,10 @@ from typing import Any, TypeAlias
 import jax
 import jax.export
 
-from jaxaccel._graph import aval_of
 from jaxaccel.export._tree import Described, raw
 
 BATCH = "batch"
+_NONE = object()
 Axes: TypeAlias = int | Sequence[Any] | None
 
 
@@ -20,8 +20,6 @@ def symbolic(example: Sequence[Any], given: Described, batch_axes: Axes) -> list
         ValueError: an argument has no such axis, or another size along it.
     """
     leaves = jax.tree.leaves(tuple(example))
-    for name, leaf in zip(given.names, leaves, strict=True):
-        aval_of(name, leaf)
     avals = [jax.eval_shape(raw, leaf) for leaf in leaves]
     if any(type(size) is not int for aval in avals for size in aval.shape):
         return avals  # the caller has symbols of his own
@@ -48,10 +46,11 @@ def symbolic(example: Sequence[Any], given: Described, batch_axes: Axes) -> list
 
 def _axes(example: Sequence[Any], batch_axes: Axes) -> list[int | None]:
     """Of every leaf."""
-    none = lambda axis: axis is None
     given = batch_axes if isinstance(batch_axes, int | None) else tuple(batch_axes)
+    # None would be taken for a tree without leaves.
+    marked = jax.tree.map(lambda a: _NONE if a is None else a, given, is_leaf=lambda a: a is None)
     try:
-        whole = jax.tree.broadcast(given, tuple(example), is_leaf=none)
+        whole = jax.tree.broadcast(marked, tuple(example))
     except ValueError as error:
         raise ValueError(f"batch_axes={batch_axes!r} does not fit the arguments: {error}") from None
-    return jax.tree.leaves(whole, is_leaf=none)
+    return [None if axis is _NONE else axis for axis in jax.tree.leaves(whole)]

@@ -10,10 +10,11 @@ import stat
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from glob import escape
 from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import IO, Any
 
 try:
     import fcntl
@@ -44,8 +45,8 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Alone among processes, until it ends, even if it is killed.
+def _locked(folder: Path, *, wait: bool = True, shared: bool = False) -> Iterator[None]:
+    """Alone, or with others that share it, until the process ends, even if it is killed.
 
     Raises:
         OSError: where it should not wait, and another one holds it.
@@ -55,7 +56,10 @@ def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        # Some file systems have no locks: there nobody waits for anybody.
+        with suppress(OSError) if wait else nullcontext():
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
         yield
     finally:
         os.close(handle)
@@ -125,20 +129,20 @@ def _zip(stage: Path, manifest: Manifest, path: Path) -> None:
                 shutil.copyfileobj(source, target, 1 << 20)
         archive.comment = bytes(_SEAL)
     with whole.open("r+b") as opened:
-        seal = _hash_but_last(whole)
+        seal = _hash_but_last(opened)
         opened.seek(-_SEAL, os.SEEK_END)
         opened.write(seal.encode())
     _sync(whole)
     os.replace(whole, path)
 
 
-def _hash_but_last(file: Path) -> str:
+def _hash_but_last(file: IO[bytes]) -> str:
     """The hash of all but the seal."""
-    found, left = sha256(), file.stat().st_size - _SEAL
-    with file.open("rb") as opened:
-        while left > 0 and (chunk := opened.read(min(left, 1 << 20))):
-            found.update(chunk)
-            left -= len(chunk)
+    found, left = sha256(), file.seek(0, os.SEEK_END) - _SEAL
+    file.seek(0)
+    while left > 0 and (chunk := file.read(min(left, 1 << 20))):
+        found.update(chunk)
+        left -= len(chunk)
     return found.hexdigest()
 
 
@@ -152,22 +156,52 @@ def _sync(path: Path) -> None:
             os.close(handle)
 
 
-class Stored:
-    """An artefact that is there, with its manifest checked; `read` checks what it reads."""
+@contextmanager
+def opened(path: Path) -> Iterator["Stored"]:
+    """An artefact to read, as it is now: who saves there waits, or puts another file there.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file or folder")
-        self._zipped = not path.is_dir()
-        if self._zipped:
-            self._check_seal()
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: it is no artefact, or damaged.
+    """
+    if path.is_dir():
+        with _locked(path, shared=True):
+            yield Stored(path, None)
+        return
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: not an artefact: neither a folder nor a zip")
+    with path.open("rb") as file:
+        with _read_from(path):
+            archive = zipfile.ZipFile(file)
+        if archive.comment != _hash_but_last(file).encode():
+            raise ValueError(
+                f"{path}: damaged: the hash at its end is not that of its bytes; {_FIX}"
+            )
+        yield Stored(path, archive)
+
+
+@contextmanager
+def _read_from(where: Any) -> Iterator[None]:
+    """Damage as an error that names the file."""
+    try:
+        yield
+    except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
+        raise ValueError(f"{where}: damaged: {error}; {_FIX}") from None
+
+
+class Stored:
+    """An artefact that is open, with its manifest checked; `read` checks what it reads."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile | None) -> None:
+        self.path, self._archive = path, archive
         text = self._bytes(MANIFEST, None).decode("utf-8", "replace")
         self.manifest = parse(text, self.where(MANIFEST))
 
     def where(self, name: str) -> str:
         """How an error names a file."""
-        return f"{self.path}: {name}" if self._zipped else str(self.path / name)
+        return str(self.path / name) if self._archive is None else f"{self.path}: {name}"
 
     def read(self, part: str) -> bytes:
         """The content of a file.
@@ -183,7 +217,9 @@ class Stored:
 
     def _bytes(self, name: str, size: int | None) -> bytes:
         """Of this length, or of any that a manifest may have: never more than is there."""
-        return (self._from_zip if self._zipped else self._from_folder)(name, size)
+        if self._archive is None:
+            return self._from_folder(name, size)
+        return self._from_zip(self._archive, name, size)
 
     def _from_folder(self, name: str, size: int | None) -> bytes:
         file, where = self.path / name, self.where(name)
@@ -196,30 +232,16 @@ class Stored:
         _check_size(where, status.st_size, size)
         return file.read_bytes()
 
-    def _from_zip(self, name: str, size: int | None) -> bytes:
+    def _from_zip(self, archive: zipfile.ZipFile, name: str, size: int | None) -> bytes:
         where, whole = self.where(name), self.path.stat().st_size
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                info = archive.getinfo(name)
-                _check_size(where, info.file_size, size)
-                if info.compress_type != zipfile.ZIP_STORED or info.file_size > whole:
-                    raise ValueError(f"{where}: compressed, which artefacts are not; {_FIX}")
-                return archive.read(info)
-        except KeyError:
-            raise ValueError(f"{where}: missing; {_FIX}") from None
-        except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
-            raise ValueError(f"{where}: damaged: {error}; {_FIX}") from None
-
-    def _check_seal(self) -> None:
-        """Raises a ValueError where one byte is not as it was written."""
-        if not zipfile.is_zipfile(self.path):
-            raise ValueError(f"{self.path}: not an artefact: neither a folder nor a zip")
-        with zipfile.ZipFile(self.path) as archive:
-            seal = archive.comment
-        if seal != _hash_but_last(self.path).encode():
-            raise ValueError(
-                f"{self.path}: damaged: the hash at its end is not that of its bytes; {_FIX}"
-            )
+        if name not in archive.namelist():
+            raise ValueError(f"{where}: missing; {_FIX}")
+        info = archive.getinfo(name)
+        _check_size(where, info.file_size, size)
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > whole:
+            raise ValueError(f"{where}: compressed, which artefacts are not; {_FIX}")
+        with _read_from(where):
+            return archive.read(info)
 
 
 _FIX = "copy or save it anew"

@@ -11,10 +11,11 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from jax.extend import source_info_util
 from jaxtyping import PyTree
 
 from jaxaccel._trace import Opaque
-from jaxaccel.export._files import Stored
+from jaxaccel.export._files import MANIFEST, Stored, opened
 from jaxaccel.export._manifest import Aval, Manifest, size_of
 from jaxaccel.export._tree import build, describe, flatten, implementations, raw, typed
 
@@ -23,6 +24,8 @@ _CALLS = re.compile(
     r"shape_assertion|Sharding|SPMD\w+|annotate_device_placement|AllocateBuffer|ApproxTopK"
     r"|stablehlo\.dynamic_\w+|(lapack|cu|cusolver|cublas|cusparse|cufft|hip|hipsolver|hipblas)_\w+"
 )
+# Who calls a loaded function is named in errors, not this file.
+source_info_util.register_exclusion(__file__)
 _CALL = re.compile(r'custom_call @("(?:[^"\\]|\\.)*"|[^\s(]+)|call_target_name = "([^"]*)"')
 
 
@@ -58,11 +61,11 @@ def load(path: str | os.PathLike[str]) -> "tuple[Loaded, PyTree]":
         >>> fn
         <<lambda>, loaded: float32[batch,2] -> float32[batch,2]>
     """
-    stored = Stored(Path(path))
-    manifest = stored.manifest
-    where = stored.where(manifest.name("function"))
-    found = _function(stored.read("function"), manifest, where)
-    return Loaded(found, manifest), build(manifest.params, _arrays(stored))
+    with opened(Path(path)) as stored:
+        manifest = stored.manifest
+        where = stored.where(manifest.name("function"))
+        found = _function(stored.read("function"), manifest, where)
+        return Loaded(found, manifest), _built(stored, _arrays(stored))
 
 
 def params(path: str | os.PathLike[str], *, like: PyTree = None) -> PyTree:
@@ -76,9 +79,9 @@ def params(path: str | os.PathLike[str], *, like: PyTree = None) -> PyTree:
     Raises:
         FileNotFoundError, ValueError: as `load`; or `like` has other leaves.
     """
-    stored = Stored(Path(path))
-    arrays = _arrays(stored)
-    return build(stored.manifest.params, arrays) if like is None else _alike(arrays, like)
+    with opened(Path(path)) as stored:
+        arrays = _arrays(stored)
+        return _built(stored, arrays) if like is None else _alike(arrays, like)
 
 
 def manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -90,7 +93,8 @@ def manifest(path: str | os.PathLike[str]) -> Manifest:
     Raises:
         FileNotFoundError, ValueError: as `load`, of the manifest alone.
     """
-    return Stored(Path(path)).manifest
+    with opened(Path(path)) as stored:
+        return stored.manifest
 
 
 class Loaded(Opaque):
@@ -116,8 +120,8 @@ class Loaded(Opaque):
         """The result of the saved function.
 
         Raises:
-            ValueError: the parameters or the arguments are not as they were saved; the message
-                names the path.
+            TypeError, ValueError: the parameters or the arguments are not as they were saved; the
+                message names the path.
         """
         m = self.manifest
         arrays = dict(flatten(m.params, params, ""))
@@ -127,6 +131,14 @@ class Loaded(Opaque):
                 _check(name, x, table[name])
         results = self._call(arrays, [arguments[name] for name in m.arguments])
         return build(m.outputs, dict(zip(m.results, results, strict=True)))
+
+
+def _built(stored: Stored, arrays: Mapping[str, jax.Array]) -> PyTree:
+    """The tree that the manifest describes."""
+    try:
+        return build(stored.manifest.params, arrays)
+    except (TypeError, ValueError) as error:  # of a random key that the array cannot be
+        raise ValueError(f"{stored.where(MANIFEST)}: damaged: {error}") from None
 
 
 def _alike(arrays: Mapping[str, jax.Array], like: PyTree) -> PyTree:

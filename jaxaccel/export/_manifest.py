@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxaccel.export._tree import Description, implementations
+from jaxaccel.export._tree import Description, check, implementations
 
 FORMAT, VERSION = "jaxaccel.export", 1
 FILES = {"function": "stablehlo", "parameters": "safetensors"}
@@ -116,22 +116,23 @@ def parse(text: str, where: str) -> Manifest:
             f"{where}: version {content.get('version')!r} of the format, made with jaxaccel "
             f"{maker}; this one reads version {VERSION}: install that version"
         )
-    given = content.pop("sha256", None)
-    if given != _digest(content) or text != _lines(content | {"sha256": given}):
+    if not _is_whole(content, text):
         raise ValueError(
             f"{where}: damaged: its text is not that of its hash; copy or save it anew"
         )
     try:
         return _manifest(content)
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
+    except _MALFORMED as error:
         raise ValueError(f"{where}: damaged: {type(error).__name__}: {error}") from None
+
+
+def _is_whole(content: dict[str, Any], text: str) -> bool:
+    """Whether it is as it was written; takes the hash out of it."""
+    given = content.pop("sha256", None)
+    try:
+        return given == _digest(content) and text == _lines(content | {"sha256": given})
+    except _MALFORMED:
+        return False
 
 
 def _lines(content: Mapping[str, Any]) -> str:
@@ -149,6 +150,7 @@ def _manifest(content: dict[str, Any]) -> Manifest:
               for name in ("arrays", "arguments", "results")}  # fmt: skip
     trees = {"params": "arrays", "inputs": "arguments", "outputs": "results"}
     for tree, table in trees.items():
+        check(content[tree])
         if implementations(content[tree]).keys() != tables[table].keys():
             raise ValueError(f"the names in {tree!r} are not those in {table!r}")
     for name, aval in tables["arrays"].items():

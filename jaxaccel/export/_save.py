@@ -18,7 +18,6 @@ from jaxtyping import PyTree
 from jaxaccel._autotune import rules_alone
 from jaxaccel._forms import Op, candidates, rule
 from jaxaccel._forms_report import operands, operation
-from jaxaccel._graph import aval_of
 from jaxaccel._recipe import recipe
 from jaxaccel._rewritten import with_slices
 from jaxaccel._trace import check_transparent
@@ -28,6 +27,7 @@ from jaxaccel.export._files import check_target, commit, described, staged
 from jaxaccel.export._manifest import FILES, Aval, Manifest
 from jaxaccel.export._tree import Described, describe, implementations, raw, typed
 
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _STORED = {
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16",
     "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "complex64",
@@ -61,13 +61,14 @@ def save(
         batch_axes: which axis of each argument is the batch, as ``in_axes`` of `jax.vmap`. The
             function is saved for every size of it, 1 included. None: for the sizes of the
             example alone.
-        platforms: that it is to run on, by JAX's names: "cpu", "cuda", "rocm", "tpu".
+        platforms: that it is to run on: "cpu", "cuda", "rocm", "tpu".
 
     Raises:
         FileExistsError: there is something else at `path`.
         TypeError: a leaf is no array, or has no numbers yet; an argument or a result has another
             kind of node.
-        ValueError: the axes do not fit the arguments, or `fn` does not work for every batch size.
+        ValueError: the axes do not fit the arguments, `fn` does not work for every batch size, or
+            a platform is not known.
 
     Example:
         >>> import tempfile, jax.numpy as jnp
@@ -80,6 +81,9 @@ def save(
     """
     target = Path(path)
     check_target(target)
+    for name in platforms:
+        if name not in PLATFORMS:
+            raise ValueError(f"platforms={platforms!r}: {name!r} must be one of {PLATFORMS}")
     program = exported(fn, params, example, batch_axes, platforms)
     with staged(target) as stage:
         (stage / "function").write_bytes(program.function)
@@ -176,13 +180,14 @@ def _numbers(params: PyTree, held: Described) -> dict[str, np.ndarray]:
     """The parameters by their names, contiguous."""
     found = {}
     for name, leaf in zip(held.names, jax.tree.leaves(params), strict=True):
-        aval_of(name, leaf)
         if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer):
             raise TypeError(f"{name}: has no numbers yet; save outside of jax.jit, arrays")
         numbers = raw(leaf)
         if isinstance(numbers, jax.Array) and not numbers.is_fully_addressable:
             raise TypeError(f"{name}: is spread over several processes; gather it in one first")
         found[name] = np.ascontiguousarray(np.asarray(numbers)).reshape(np.shape(numbers))
+        if name == "__metadata__":
+            raise ValueError(f"{name}: is what safetensors calls something else; rename it")
         if found[name].dtype.name not in _STORED:
             raise TypeError(
                 f"{name}: safetensors has no {found[name].dtype}; cast it, int4 to int8 for example"

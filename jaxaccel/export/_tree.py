@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jaxaccel._graph import aval_of
+
 Description: TypeAlias = Any  # what json.loads returns
 
 
@@ -31,7 +33,8 @@ def describe(tree: Any, root: str, *, custom: bool) -> Described:
         custom: whether other kinds of nodes are taken.
 
     Raises:
-        TypeError: another kind of node, or a key of a dict that is neither a string nor a number.
+        TypeError: a leaf that is no array, another kind of node, or a key of a dict that is
+            neither a string nor a number.
         ValueError: two leaves have the same path.
     """
     leaves, structure = jax.tree.flatten(tree)
@@ -43,6 +46,7 @@ def describe(tree: Any, root: str, *, custom: bool) -> Described:
         if path in names:
             raise ValueError(f"{path}: the path of two leaves; rename a key that has a slash")
         names[place] = path
+        aval_of(path, leaves[place])
         key = _implementation(leaves[place])
         return {"array": path} if key is None else {"array": path, "key": key}
 
@@ -86,7 +90,9 @@ def _children(node: Any) -> Iterator[tuple[str, Any]]:
 def _checked(key: Any, path: str) -> str | int:
     if type(key) in (str, int):
         return key
-    raise TypeError(f"{path}: the key {key!r} is neither a string nor a whole number; rename it")
+    raise TypeError(
+        f"{path or 'params'}: the key {key!r} is neither a string nor a whole number; rename it"
+    )
 
 
 def _is_variable(node: Any) -> bool:
@@ -120,6 +126,40 @@ def typed(leaf: Any, implementation: str | None) -> Any:
     if implementation is None:
         return leaf
     return jax.random.wrap_key_data(leaf, impl=implementation)
+
+
+def check(description: Description) -> None:
+    """Raises a ValueError where something is no node of a description."""
+    nodes: list[Any] = []
+    match description:
+        case None | {"array": str(), "key": str()}:
+            pass
+        case {"array": str()} if "key" not in description:
+            pass
+        case {"qtensor": {"values": str(), "scale": str(), "dtype": str(), "packing": packing}}:
+            _check_packing(packing)
+        case {"dict": list(pairs)} if all(_is_pair(pair) for pair in pairs):
+            nodes = [node for _, node in pairs]
+        case {"list": list(found)} | {"tuple": list(found)}:
+            nodes = found
+        case _:
+            raise ValueError(f"{str(description)[:200]!r} is no node of a tree")
+    for node in nodes:
+        check(node)
+
+
+def _is_pair(pair: Any) -> bool:
+    return type(pair) is list and len(pair) == 2 and type(pair[0]) in (str, int)
+
+
+def _check_packing(packing: Any) -> None:
+    match packing:
+        case None:
+            return
+        case {"shape": list(shape), "axes": list(axes), "group": int()}:
+            if all(type(n) is int for n in (*shape, *axes)):
+                return
+    raise ValueError(f"{str(packing)[:200]!r} is no packing")
 
 
 def implementations(description: Description) -> dict[str, str | None]:
@@ -167,35 +207,37 @@ def flatten(description: Description, tree: Any, root: str) -> Iterator[tuple[st
     """The names and the raw arrays of a tree that should be as described.
 
     Raises:
-        ValueError: it is not; the message names the path.
+        TypeError, ValueError: it is not; the message names the path.
     """
     if description is None:
         if tree is not None:
-            raise ValueError(f"{root}: expected None, got {type(tree).__name__}")
+            raise ValueError(f"{root or 'params'}: expected None, got {type(tree).__name__}")
         return
     ((kind, content), *_) = description.items()
     if kind == "array":
+        aval_of(content, tree)
         yield content, raw(tree)
     elif kind == "qtensor":
         if not _is_qtensor(tree):
-            raise ValueError(f"{root}: expected a QTensor, got {type(tree).__name__}")
+            raise ValueError(f"{root or 'params'}: expected a QTensor, got {type(tree).__name__}")
         yield from ((content[name], getattr(tree, name)) for name in ("values", "scale"))
     else:
         yield from _below(kind, content, tree, root)
 
 
 def _below(kind: str, content: Sequence[Any], tree: Any, root: str) -> Iterator[tuple[str, Any]]:
+    where = root or "params"
     if kind == "dict":
         if not isinstance(tree, Mapping):
-            raise ValueError(f"{root}: expected a dict, got {type(tree).__name__}")
+            raise ValueError(f"{where}: expected a dict, got {type(tree).__name__}")
         nodes = dict(map(tuple, content))
         for key in nodes.keys() ^ tree.keys():
-            raise ValueError(f"{root}: {key!r} is {'missing' if key in nodes else 'not expected'}")
+            raise ValueError(f"{where}: {key!r} is {'missing' if key in nodes else 'not expected'}")
         pairs = [(key, node, tree[key]) for key, node in nodes.items()]
     else:
         if not isinstance(tree, list | tuple) or len(tree) != len(content):
             got = len(tree) if isinstance(tree, list | tuple) else type(tree).__name__
-            raise ValueError(f"{root}: expected a {kind} of {len(content)}, got {got}")
+            raise ValueError(f"{where}: expected a {kind} of {len(content)}, got {got}")
         pairs = list(zip(range(len(content)), content, tree, strict=True))
     for key, node, child in pairs:
         yield from flatten(node, child, f"{root}/{key}" if root else str(key))

@@ -1,0 +1,1 @@
+"""Artefacts as they were saved once: `python -m tests.saved` writes those of today's format."""
