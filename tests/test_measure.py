@@ -284,7 +284,7 @@ def test_compare_refuses(candidates, options, error, message):
 def test_the_bar_shows_only_in_a_long_measurement(monkeypatch, show, seconds):
     screen, times = io.StringIO(), iter([0, seconds, seconds])
     terminal = lambda stderr: Console(file=screen, force_terminal=stderr)
-    monkeypatch.setattr(_progress, "Console", terminal)
+    monkeypatch.setattr("rich.console.Console", terminal)
     monkeypatch.setattr(_progress, "time", SimpleNamespace(monotonic=lambda: next(times)))
     with _progress.bar(show, "measuring", 2) as tick:
         tick()

@@ -112,7 +112,7 @@ class Loaded(Opaque):
 
     def __repr__(self) -> str:
         """Its name and its types."""
-        types = [", ".join(map(_type, table.values())) for table in
+        types = [", ".join(map(str, table.values())) for table in
                  (self.manifest.arguments, self.manifest.results)]  # fmt: skip
         return f"<{self.manifest.function}, loaded: {' -> '.join(types)}>"
 
@@ -128,7 +128,7 @@ class Loaded(Opaque):
         arguments = dict(flatten(m.inputs, args, "args"))
         for given, table in ((arrays, m.arrays), (arguments, m.arguments)):
             for name, x in given.items():
-                _check(name, x, table[name])
+                table[name].check(name, x)
         results = self._call(arrays, [arguments[name] for name in m.arguments])
         return build(m.outputs, dict(zip(m.results, results, strict=True)))
 
@@ -148,25 +148,9 @@ def _alike(arrays: Mapping[str, jax.Array], like: PyTree) -> PyTree:
     for name in arrays.keys() ^ keys.keys():
         raise ValueError(f"{name}: {'not in like' if name in arrays else 'only in like'}")
     for name, leaf in zip(held.names, jax.tree.leaves(like), strict=True):
-        aval = jax.eval_shape(raw, leaf)
-        _check(name, arrays[name], Aval(aval.dtype.name, aval.shape))
+        Aval.of(jax.eval_shape(raw, leaf)).check(name, arrays[name])
     leaves = [typed(arrays[name], keys[name]) for name in held.names]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-def _type(aval: Aval) -> str:
-    return f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
-
-
-def _check(name: str, x: Any, expected: Aval) -> None:
-    found = jax.typeof(x)
-    same = len(found.shape) == len(expected.shape) and all(
-        type(size) is str or size == got
-        for got, size in zip(found.shape, expected.shape, strict=True)
-    )
-    if not same or found.dtype.name != expected.dtype:
-        got = Aval(found.dtype.name, found.shape)
-        raise ValueError(f"{name}: {_type(got)}, expected {_type(expected)}")
 
 
 def _function(content: bytes, manifest: Manifest, where: str) -> jax.export.Exported:
@@ -231,7 +215,7 @@ def _arrays(stored: Stored) -> dict[str, jax.Array]:
 def _array(where: str, tensor: Mapping[str, Any], expected: Aval) -> jax.Array:
     dtype, shape = np.dtype(expected.dtype), tuple(map(int, expected.shape))
     if tuple(tensor["shape"]) != shape or len(tensor["data"]) != size_of(expected):
-        raise ValueError(f"{where}: {tensor['dtype']}{tensor['shape']}, not {_type(expected)}")
+        raise ValueError(f"{where}: {tensor['dtype']}{tensor['shape']}, not {expected}")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(f"{where}: is {dtype}; set jax_enable_x64 before it is loaded")
     return jnp.asarray(np.frombuffer(tensor["data"], dtype).reshape(shape))

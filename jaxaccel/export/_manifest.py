@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxaccel.export._tree import Description, check, implementations
@@ -33,6 +34,25 @@ class Aval:
 
     dtype: str
     shape: tuple[int | str, ...]
+
+    @classmethod
+    def of(cls, x: Any) -> "Aval":
+        """Of an array, or of a shape that may have symbols."""
+        sizes = tuple(size if type(size) is int else str(size) for size in x.shape)
+        return cls(np.dtype(x.dtype).name, sizes)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+    def check(self, name: str, x: Any) -> None:
+        """Raises a ValueError where an array is not so; an expression may be of any size."""
+        found = Aval.of(jax.typeof(x))
+        same = len(found.shape) == len(self.shape) and all(
+            type(size) is str or size == got
+            for got, size in zip(found.shape, self.shape, strict=True)
+        )
+        if not same or found.dtype != self.dtype:
+            raise ValueError(f"{name}: {found}, expected {self}")
 
 
 @dataclass(frozen=True)

@@ -129,9 +129,9 @@ def exported(
         "params": held.description,
         "inputs": given.description,
         "outputs": made.description,
-        "arrays": {name: _aval(x) for name, x in arrays.items()},
-        "arguments": dict(zip(given.names, map(_aval, inputs), strict=True)),
-        "results": dict(zip(made.names, map(_aval, found.out_avals), strict=True)),
+        "arrays": {name: Aval.of(x) for name, x in arrays.items()},
+        "arguments": dict(zip(given.names, map(Aval.of, inputs), strict=True)),
+        "results": dict(zip(made.names, map(Aval.of, found.out_avals), strict=True)),
         "recipe": recipe(fn),
         "forms": chosen.rows(),
     }
@@ -193,11 +193,6 @@ def _numbers(params: PyTree, held: Described) -> dict[str, np.ndarray]:
                 f"{name}: safetensors has no {found[name].dtype}; cast it, int4 to int8 for example"
             )
     return found
-
-
-def _aval(x: Any) -> Aval:
-    sizes = tuple(size if type(size) is int else str(size) for size in x.shape)
-    return Aval(np.dtype(x.dtype).name, sizes)
 
 
 @contextmanager

@@ -12,13 +12,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
 from jaxaccel._progress import bar
 from jaxaccel._table import Style, table
 from jaxaccel.measure._cost import parameter_size
+
+
+@runtime_checkable
+class Bound(Protocol):
+    """A function that holds its parameters."""
+
+    params: Any
+
+    def bind(self, *args: Any) -> Callable[[], Any]:
+        """The call of these arguments, put where it wants them."""
+        ...
 
 
 class Row(NamedTuple):
@@ -101,7 +112,7 @@ class Comparison:
 
 
 def compare(
-    candidates: Mapping[str, tuple[Callable[..., Any], Any]],
+    candidates: Mapping[str, tuple[Callable[..., Any], Any] | Bound],
     *args: Any,
     rounds: int = 30,
     min_time: float = 0.02,
@@ -117,7 +128,8 @@ def compare(
     are not compared.
 
     Args:
-        candidates: name -> ``(fn, params)``; each is called as ``fn(params, *args)``.
+        candidates: name -> ``(fn, params)``, which is called as ``fn(params, *args)``; or what
+            `jx.export.compile` returned, which is called as ``call(*args)``.
         *args: the other arguments, the same for all, as arrays.
         rounds: samples of each candidate, at least 2.
         min_time: the least length of a sample in seconds, above 0.
@@ -139,12 +151,12 @@ def compare(
     """
     baseline = _check(candidates, args, rounds, min_time, baseline)
     args = jax.device_put(args)
-    calls = {name: _compiled_call(fn, params, args) for name, (fn, params) in candidates.items()}
+    calls = {name: _compiled_call(value, args) for name, value in candidates.items()}
     outputs = [jax.block_until_ready(call()) for call in calls.values()]
     with bar(show, "measuring", rounds) as tick:  # drawn between the rounds alone
         seconds = _interleave(calls, rounds, min_time, tick=tick)
     found = Comparison(
-        rows=tuple(_row(name, seconds, baseline, candidates[name][1]) for name in candidates),
+        rows=tuple(_row(name, seconds, baseline, _params(candidates[name])) for name in candidates),
         baseline=baseline,
         rounds=rounds,
         device=_device(outputs),
@@ -181,16 +193,23 @@ def _check(
 def _check_candidate(name: Any, value: Any, args: Sequence[Any]) -> None:
     if not isinstance(name, str):
         raise TypeError(f"candidates: the name {name!r} is not a string; name it {str(name)!r}")
-    if not (isinstance(value, tuple) and len(value) == 2 and callable(value[0])):
+    pair = isinstance(value, tuple) and len(value) == 2 and callable(value[0])
+    if not pair and not isinstance(value, Bound):
         kind = type(value).__name__
         raise TypeError(f"candidates[{name!r}]: {kind}; give the pair (fn, params)")
-    leaves = jax.tree.leaves((value[1], args))
+    leaves = jax.tree.leaves((_params(value), args))
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         raise TypeError(f"candidates[{name!r}]: a ShapeDtypeStruct cannot be run; give arrays")
 
 
-def _compiled_call(fn: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Callable[[], Any]:
-    compiled, params = jax.jit(fn), jax.device_put(params)
+def _params(value: Any) -> Any:
+    return value[1] if isinstance(value, tuple) else value.params
+
+
+def _compiled_call(value: Any, args: tuple[Any, ...]) -> Callable[[], Any]:
+    if not isinstance(value, tuple):
+        return value.bind(*args)
+    compiled, params = jax.jit(value[0]), jax.device_put(value[1])
     return lambda: compiled(params, *args)
 
 
