@@ -69,6 +69,11 @@ def test_a_comparison_holds_them_all():
     assert [row.name for row in found.rows] == ["jit", *ENGINES]
     assert {(row.parameters, row.parameter_bytes) for row in found.rows} == {(21840, 87360)}
     assert all(row.median_ms > 0 for row in found.rows)
+    called = []
+    spy = jx.export.Compiled("spy", params, lambda *args: lambda: called.append(args))
+    jx.measure.compare({"spy": spy}, x, rounds=2, min_time=1e-6, show=False)
+    assert len(called) > 2
+    assert all(given is called[0][0] for (given,) in called)
     with pytest.raises(TypeError, match=r"^candidates\['none'\]: function; give the pair"):
         jx.measure.compare({"none": net}, x)  # pyright: ignore
 

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import jaxaccel as jx
 from jaxaccel.export._files import opened
 from jaxaccel.export._manifest import FILES
 from jaxaccel.export._save import exported
-from tests.artefacts import FORMS, X, identical, net
+from tests.artefacts import FORMS, W, X, identical, net
 
 SCRIPT = Path(__file__).with_name("save_again.py")
 KILLS = 100
@@ -65,7 +66,7 @@ def test_killed_while_saving(saver, form, tmp_path):
     unfinished, met = 0, set()
     for kill in range(KILLS):
         child = ask(process)
-        time.sleep(waits.uniform(0.0, 0.03))
+        time.sleep(waits.uniform(0.0, 0.1))
         os.kill(child, signal.SIGKILL)
         assert process.stdout.readline() == "gone\n"
         left = [file.name for file in path.parent.iterdir() if file != path]
@@ -101,3 +102,18 @@ def test_read_while_another_saves(saver, tmp_path):
             met += [k for k, w in enumerate(arrays) if np.array_equal(found, w)] or [None]
         os.kill(child, signal.SIGKILL)
         assert {*met} == {0, 1}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_open_stays(form, tmp_path):
+    path = tmp_path / form
+    save = lambda w: jx.export.save(path, net, {"w": w}, X)
+    save(W)
+    with opened(path) as stored:
+        other = threading.Thread(target=save, args=(W + 1,))
+        other.start()
+        other.join(1)
+        for part in FILES:
+            stored.read(part)
+    other.join()
+    identical(jx.export.params(path), {"w": W + 1})

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxaccel._graph import graph_of
@@ -24,6 +25,9 @@ CUTS = {
 KEPT = {
     "x[:, ::-1]": lambda x: x[:, ::-1],
     "uneven": lambda x: x[:, jnp.array([0, 1, 3])],
+    "of two axes": lambda x: x[:, jnp.array([[0, 1], [1, 2]])],
+    "of two axes at once": lambda x: x[:, np.array([[0, 1], [1, 2]]), np.array([[0, 1], [0, 1]])],
+    "backwards": lambda x: x[:, jnp.array([3, 2, 1])],
     "of the batch": lambda x: x[jnp.array([0, 0])],
     "traced": lambda x: x[:, x[0, 0, 0].astype(int)],
 }
