@@ -20,6 +20,9 @@ from jaxaccel._progress import bar
 from jaxaccel._table import Style, table
 from jaxaccel.measure._cost import parameter_size
 
+# The threads of other engines spin for some milliseconds after a call, and slow down who is next.
+_PAUSE = 0.2
+
 
 @runtime_checkable
 class Bound(Protocol):
@@ -124,8 +127,9 @@ def compare(
     Each round takes one sample of every candidate, in an order that is shuffled and then
     reversed, so that a machine that slows down or speeds up meets all of them alike; the ratio
     is taken within each round. A sample is as many calls as fill ``min_time``, waited for at
-    its end: the time per call of a busy device. Garbage collection is off meanwhile. Outputs
-    are not compared.
+    its end: the time per call of a busy device. Garbage collection is off meanwhile. Where one
+    candidate is another engine, each sample begins with a pause of 0.2 s and a call that is not
+    timed: the threads of engines spin after a call. Outputs are not compared.
 
     Args:
         candidates: name -> ``(fn, params)``, which is called as ``fn(params, *args)``; or what
@@ -153,8 +157,9 @@ def compare(
     args = jax.device_put(args)
     calls = {name: _compiled_call(value, args) for name, value in candidates.items()}
     outputs = [jax.block_until_ready(call()) for call in calls.values()]
+    apart = any(isinstance(value, Bound) for value in candidates.values())
     with bar(show, "measuring", rounds) as tick:  # drawn between the rounds alone
-        seconds = _interleave(calls, rounds, min_time, tick=tick)
+        seconds = _interleave(calls, rounds, min_time, tick=tick, pause=_PAUSE if apart else 0)
     found = Comparison(
         rows=tuple(_row(name, seconds, baseline, _params(candidates[name])) for name in candidates),
         baseline=baseline,
@@ -219,6 +224,7 @@ def _interleave(
     min_time: float,
     clock: Callable[[], float] = time.perf_counter,
     tick: Callable[[], None] = lambda: None,
+    pause: float = 0,
 ) -> dict[str, list[float]]:
     """Seconds per call of each name, one for each round."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -228,6 +234,9 @@ def _interleave(
         for turn in range(rounds):
             order = order[::-1] if turn % 2 else shuffle.sample(order, len(order))
             for name in order:
+                if pause:
+                    time.sleep(pause)
+                    _sample(calls[name], 1, clock)
                 seconds[name].append(_sample(calls[name], counts[name], clock))
             tick()
     return seconds
