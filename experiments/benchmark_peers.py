@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -202,17 +202,24 @@ def onnx_file(kit: Kit, problem: Problem, folder: Path, int8: bool) -> Path:
 
 
 def _quantized(source: Path, path: Path, problem: Problem) -> Path:
+    random, shape = np.random.default_rng(1), problem.images.shape
+    drawn = [random.standard_normal(shape, np.float32) for _ in range(CALIBRATION)]
+    batches = problem.calibration or drawn
+    return quantize_static(source, path, [{"images": nchw(batch)} for batch in batches])
+
+
+def quantize_static(
+    source: Path, path: Path, feeds: Sequence[dict[str, np.ndarray]], method: str = "MinMax"
+) -> Path:
     """Static int8 by onnxruntime's tools, as its documentation advises: prepared, per channel."""
     tools = import_module("onnxruntime.quantization")
     prepared = path.with_suffix(".prepared.onnx")
     import_module("onnxruntime.quantization.shape_inference").quant_pre_process(source, prepared)
-    random, shape = np.random.default_rng(1), problem.images.shape
-    drawn = [random.standard_normal(shape, np.float32) for _ in range(CALIBRATION)]
-    batches = iter([{"images": nchw(batch)} for batch in problem.calibration or drawn])
+    left = iter(feeds)
 
     class Reader(tools.CalibrationDataReader):
         def get_next(self) -> Any:
-            return next(batches, None)
+            return next(left, None)
 
     tools.quantize_static(
         prepared,
@@ -222,6 +229,7 @@ def _quantized(source: Path, path: Path, problem: Problem) -> Path:
         per_channel=True,
         activation_type=tools.QuantType.QUInt8,
         weight_type=tools.QuantType.QInt8,
+        calibrate_method=getattr(tools.CalibrationMethod, method),
     )
     return path
 

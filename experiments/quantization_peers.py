@@ -14,9 +14,9 @@ from flax import nnx
 
 from experiments import common, peer_networks, torch_networks
 from experiments.benchmark_networks import torch_layout
-from experiments.benchmark_peers import nchw
+from experiments.benchmark_peers import nchw, quantize_static
 from experiments.pruning import agree
-from experiments.quantization_rows import WIDTH, Candidate, Images, Run, Trial
+from experiments.quantization_rows import WIDTH, Candidate, Run, Trial
 from jaxaccel._graph import leaf_paths
 
 _OPSET = 17
@@ -102,7 +102,8 @@ def onnxruntime(method: str) -> Callable[[Trial], Run]:
     def made(trial: Trial) -> Run:
         with TemporaryDirectory() as folder:
             source = exported(trial, Path(folder))
-            return session(quantized(source, trial.batches, method))
+            feeds = [{"images": nchw(np.asarray(batch))} for batch in trial.batches]
+            return session(quantize_static(source, source.with_suffix(".int8.onnx"), feeds, method))
 
     return made
 
@@ -118,30 +119,6 @@ def exported(trial: Trial, folder: Path) -> Path:
         torch.onnx.export(
             torch_model(trial), (images,), str(path), dynamo=False, opset_version=_OPSET, **names
         )
-    return path
-
-
-def quantized(source: Path, batches: list[Images], method: str) -> Path:
-    """The same in int8, prepared as its documentation advises."""
-    tools = import_module("onnxruntime.quantization")
-    prepared, path = source.with_suffix(".prepared.onnx"), source.with_suffix(".int8.onnx")
-    import_module("onnxruntime.quantization.shape_inference").quant_pre_process(source, prepared)
-    feeds = iter([{"images": nchw(np.asarray(batch))} for batch in batches])
-
-    class Reader(tools.CalibrationDataReader):
-        def get_next(self) -> Any:
-            return next(feeds, None)
-
-    tools.quantize_static(
-        prepared,
-        path,
-        Reader(),
-        quant_format=tools.QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=tools.QuantType.QUInt8,
-        weight_type=tools.QuantType.QInt8,
-        calibrate_method=getattr(tools.CalibrationMethod, method),
-    )
     return path
 
 

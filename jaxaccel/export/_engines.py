@@ -56,11 +56,11 @@ def compile(
         return Compiled(engine, params, _xla(fn, params))
     if engine not in _STARTED:
         raise ValueError(f"engine={engine!r} must be one of 'xla', 'onnxruntime', 'openvino'")
-    tool = _imported(engine)
+    _imported(engine)  # before the work that needs it
     content = model(fn, params, example, batch_axes).SerializeToString()
     results = jax.tree.structure(jax.eval_shape(fn, params, *example))
-    run = _STARTED[engine](tool, content)
-    return Compiled(engine, params, _foreign(run, example, batch_axes, results))
+    bind = _foreign(started(engine, content), example, batch_axes, results)
+    return Compiled(engine, params, bind)
 
 
 class Compiled:
@@ -117,6 +117,11 @@ def _foreign(
         return lambda: jax.tree.unflatten(results, run(arrays))
 
     return bind
+
+
+def started(engine: str, content: bytes) -> Run:
+    """A model of ONNX on an engine, from flat arguments to flat results."""
+    return _STARTED[engine](_imported(engine), content)
 
 
 def _imported(engine: str) -> Any:
