@@ -278,6 +278,12 @@ def test_other_arguments(path, message):
         fn(*OTHERS[message])
 
 
+def sharded(params, x):
+    mesh = jax.make_mesh((8,), ("data",))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None))
+    return jax.lax.with_sharding_constraint(net(params, x), spread)
+
+
 Pair = namedtuple("Pair", "a b")
 BAD = {
     "no array": (TypeError, "w: expected an array, got str; .*", lambda path: saved(
@@ -308,6 +314,8 @@ BAD = {
               lambda path: saved(path, lambda p, x: x.reshape(2, 6))),
     "own mistake": (TypeError, "dot_general requires .*", lambda path: saved(
         path, net, None, jnp.ones((4, 2)))),
+    "devices": (ValueError, "fn: is laid out over 8 devices; an artefact is for one: save the "
+                "function without its shardings", lambda path: saved(path, sharded)),
     "platform": (ValueError, r"platforms=\('gpu',\): 'gpu' must be one of \('cpu', 'cuda', "
                  r"'rocm', 'tpu'\)", lambda path: saved(path, platforms=("gpu",))),
 }  # fmt: skip

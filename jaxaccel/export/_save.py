@@ -67,8 +67,8 @@ def save(
         FileExistsError: there is something else at `path`.
         TypeError: a leaf is no array, or has no numbers yet; an argument or a result has another
             kind of node.
-        ValueError: the axes do not fit the arguments, `fn` does not work for every batch size, or
-            a platform is not known.
+        ValueError: the axes do not fit the arguments, `fn` does not work for every batch size or
+            is laid out over several devices, or a platform is not known.
 
     Example:
         >>> import tempfile, jax.numpy as jnp
@@ -121,6 +121,11 @@ def exported(
         avals = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
         with _without_paths():
             found = _lowered(retuned(with_slices(flat), chosen), avals, inputs, platforms)
+    if found.nr_devices != 1:
+        raise ValueError(
+            f"fn: is laid out over {found.nr_devices} devices; an artefact is for one: save the "
+            "function without its shardings"
+        )
     about = {
         "function": _name(fn),
         "made_with": {name: version(name) for name in ("jaxaccel", "jax", "jaxlib")},
