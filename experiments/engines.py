@@ -69,7 +69,9 @@ def candidates(
     path = quantized(folder / "float32.onnx", batches)
     for engine in FOREIGN:
         run = started(engine, path.read_bytes())
-        bind = lambda x, run=run: partial(lambda call, x: call([x])[0], run, np.asarray(x))
+        bind = lambda x, run=run: partial(
+            lambda call, x: call({"args/0": x})[0], run, np.asarray(x)
+        )
         found = jx.export.Compiled(engine, made[""][1], bind)
         yield named(engine, THEIRS), found, path.stat().st_size
 

@@ -49,6 +49,15 @@ def test_trees_of_arguments_and_results(engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_is_not_read(engine, place):
+    fn = lambda p, *args: args[place] * p
+    given = jnp.ones((4, 3)), jnp.ones((4, 2)) * 2
+    call = jx.export.compile(fn, jnp.float32(2), *given, engine=engine)
+    np.testing.assert_array_equal(call(*given), given[place] * 2)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_results_are_not_overwritten(engine):
     call = jx.export.compile(net, {"w": W}, X, engine=engine)
     once = call(X)

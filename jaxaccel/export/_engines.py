@@ -16,7 +16,7 @@ from jaxaccel.export._onnx import model
 from jaxaccel.export._tree import describe
 
 Engine: TypeAlias = Literal["xla", "onnxruntime", "openvino"]
-Run: TypeAlias = Callable[[list[np.ndarray]], Sequence[np.ndarray]]
+Run: TypeAlias = Callable[[dict[str, np.ndarray]], Sequence[np.ndarray]]
 
 
 def compile(
@@ -111,16 +111,17 @@ def _foreign(
             raise ValueError(f"args: {found}, expected {tree}")
         for name, leaf, aval in zip(given.names, leaves, inputs, strict=True):
             aval.check(name, leaf)
-        pairs = zip(leaves, inputs, strict=True)
-        arrays = [np.ascontiguousarray(np.asarray(x, aval.dtype)).reshape(np.shape(x))
-                  for x, aval in pairs]  # fmt: skip
+        arrays = {
+            name: np.asarray(x, aval.dtype, order="C")
+            for name, x, aval in zip(given.names, leaves, inputs, strict=True)
+        }
         return lambda: jax.tree.unflatten(results, run(arrays))
 
     return bind
 
 
 def started(engine: str, content: bytes) -> Run:
-    """A model of ONNX on an engine, from flat arguments to flat results."""
+    """A model of ONNX on an engine, from arrays by their names to a list of them."""
     return _STARTED[engine](_imported(engine), content)
 
 
@@ -143,8 +144,7 @@ def _onnxruntime(tool: Any, content: bytes) -> Run:
     options = tool.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, _threads()
     session = tool.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
-    return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
+    return lambda arrays: session.run(None, arrays)
 
 
 def _openvino(tool: Any, content: bytes) -> Run:
@@ -154,8 +154,15 @@ def _openvino(tool: Any, content: bytes) -> Run:
         "INFERENCE_PRECISION_HINT": "f32",  # some processors would take bfloat16
     }
     core = tool.Core()
-    request = core.compile_model(core.read_model(content), "CPU", options).create_infer_request()
-    return lambda arrays: [*request.infer(arrays, share_inputs=True).values()]
+    compiled = core.compile_model(core.read_model(content), "CPU", options)
+    read = {name for port in compiled.inputs for name in port.names}
+    request = compiled.create_infer_request()
+
+    def run(arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+        kept = {name: array for name, array in arrays.items() if name in read}
+        return [*request.infer(kept, share_inputs=True).values()]
+
+    return run
 
 
 _STARTED: dict[str, Callable[[Any, bytes], Run]] = {
