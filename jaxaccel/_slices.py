@@ -108,6 +108,7 @@ def _window(shape: Sequence[Any], indices: np.ndarray, params: Mapping[str, Any]
 
 def _steps(column: np.ndarray) -> tuple[int, int, int, int | None] | None:
     """First and last index, what lies between two, and along which axis; None where uneven."""
+    column = column.astype(np.int64)  # of unsigned ones differences would wrap
     varying = [k for k in range(column.ndim) if np.ptp(column, axis=k).any()]
     first, last = int(column.min()), int(column.max())
     if not varying:

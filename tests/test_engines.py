@@ -2,6 +2,7 @@
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,15 @@ def test_what_is_not_read(engine, place):
     given = jnp.ones((4, 3)), jnp.ones((4, 2)) * 2
     call = jx.export.compile(fn, jnp.float32(2), *given, engine=engine)
     np.testing.assert_array_equal(call(*given), given[place] * 2)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_from_several_threads(engine):
+    call = jx.export.compile(net, {"w": W}, X, engine=engine)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(call, [X + k for k in range(40)]))
+    for k, one in enumerate(found):
+        np.testing.assert_allclose(one, (X + k) @ W, rtol=1e-6)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -157,6 +157,13 @@ def test_programs_of_others(folder):
     refused(folder, "its inputs and outputs are not those of the manifest$")
 
 
+def test_a_gradient_beside_the_program(folder):
+    """Which could call anything."""
+    content = bytes(exported(flat)(*AVALS).serialize(vjp_order=1))
+    replaced(folder, "function", content)
+    refused(folder, "has more than a function in it: a gradient, or side effects$")
+
+
 @pytest.mark.parametrize(
     "name", ["Xla_Evil", "xla_ffi_python_cpu_callback", "lapack_", "Sharding2"]
 )
@@ -293,10 +300,28 @@ def zipped(path, folder, **options):
         for file in folder.iterdir():
             archive.write(file, file.name)
         archive.comment = bytes(64)
+    sealed(path)
+
+
+def sealed(path):
     with path.open("r+b") as file:
         seal = _hash_but_last(file)
         file.seek(-64, os.SEEK_END)
         file.write(seal.encode())
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 400), st.integers(1, 255))
+def test_a_zip_that_lies(folder, tmp_path, place, flip):
+    """In its directory, which is at its end; the seal fits."""
+    path = tmp_path / "lies.zip"
+    zipped(path, folder)
+    content = bytearray(path.read_bytes())
+    content[-65 - place] ^= flip
+    path.write_bytes(content)
+    sealed(path)
+    with suppress(ValueError):
+        assert callable(loaded_or_named(path))
 
 
 def test_a_compressed_zip(folder, tmp_path):

@@ -105,6 +105,19 @@ def test_read_while_another_saves(saver, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_several_save_at_once(saver, form, tmp_path):
+    """One may not take what another just began for what a dead one left."""
+    start, arrays = saver
+    children = [ask(start(tmp_path / "saved" / form)) for _ in range(3)]
+    time.sleep(2)
+    for child in children:
+        assert Path(f"/proc/{child}/stat").read_text().split()[2] != "Z", "one of them failed"
+        os.kill(child, signal.SIGKILL)
+    found = np.asarray(jx.export.params(tmp_path / "saved" / form)["w"])
+    assert any(np.array_equal(found, w) for w in arrays)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_what_is_open_stays(form, tmp_path):
     path = tmp_path / form
     save = lambda w: jx.export.save(path, net, {"w": w}, X)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from jaxaccel._graph import graph_of
 from jaxaccel._slices import sliced
@@ -27,6 +28,12 @@ KEPT = {
     "uneven": lambda x: x[:, jnp.array([0, 1, 3])],
     "of two axes": lambda x: x[:, jnp.array([[0, 1], [1, 2]])],
     "of two axes at once": lambda x: x[:, np.array([[0, 1], [1, 2]]), np.array([[0, 1], [0, 1]])],
+    "backwards, unsigned": lambda x: lax.gather(
+        x,
+        np.array([[2], [0]], "uint8"),
+        lax.GatherDimensionNumbers((0, 2), (1,), (1,)),
+        (x.shape[0], 1, 6),
+    ),
     "backwards": lambda x: x[:, jnp.array([3, 2, 1])],
     "of the batch": lambda x: x[jnp.array([0, 0])],
     "traced": lambda x: x[:, x[0, 0, 0].astype(int)],

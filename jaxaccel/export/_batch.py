@@ -17,6 +17,7 @@ def symbolic(example: Sequence[Any], given: Described, batch_axes: Axes) -> list
     """The flat arguments as shapes, with a symbol for the batch size.
 
     Raises:
+        TypeError: an axis is no whole number.
         ValueError: an argument has no such axis, or another size along it.
     """
     leaves = jax.tree.leaves(tuple(example))
@@ -28,13 +29,15 @@ def symbolic(example: Sequence[Any], given: Described, batch_axes: Axes) -> list
     for name, aval, axis in zip(given.names, avals, _axes(example, batch_axes), strict=True):
         shape = list(aval.shape)
         if axis is not None:
+            if type(axis) is not int:
+                raise TypeError(f"batch_axes={batch_axes!r}: {axis!r} is no axis of {name}")
             if not -len(shape) <= axis < len(shape):
                 raise ValueError(
                     f"{name}: of shape {aval.shape}, has no axis {axis} for the batch; pass "
                     "batch_axes with None for it, as in_axes of jax.vmap"
                 )
             sizes[name], shape[axis] = shape[axis], batch
-        found.append(jax.ShapeDtypeStruct(tuple(shape), aval.dtype))
+        found.append(_aval(tuple(shape), aval))
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(
@@ -42,6 +45,11 @@ def symbolic(example: Sequence[Any], given: Described, batch_axes: Axes) -> list
             "None for those without a batch, as in_axes of jax.vmap"
         )
     return found
+
+
+def _aval(shape: tuple[Any, ...], like: Any) -> jax.ShapeDtypeStruct:
+    weak = getattr(like, "weak_type", False)  # of a number of Python's, which takes others' dtype
+    return jax.ShapeDtypeStruct(shape, like.dtype, weak_type=weak)
 
 
 def _axes(example: Sequence[Any], batch_axes: Axes) -> list[int | None]:

@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
@@ -82,7 +83,8 @@ class Compiled:
         """The result.
 
         Raises:
-            ValueError: the arguments are not like the example; the message names the path.
+            TypeError, ValueError: the arguments are not like the example; the message names the
+                path. With "xla", what JAX raises for the function.
         """
         return self.bind(*args)()
 
@@ -156,9 +158,11 @@ def _openvino(tool: Any, content: bytes) -> Run:
     core = tool.Core()
     compiled = core.compile_model(core.read_model(content), "CPU", options)
     read = {name for port in compiled.inputs for name in port.names}
-    request = compiled.create_infer_request()
+    own = threading.local()  # a request serves one caller at a time
 
     def run(arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+        request = vars(own).get("request") or compiled.create_infer_request()
+        own.request = request
         kept = {name: array for name, array in arrays.items() if name in read}
         return [*request.infer(kept, share_inputs=True).values()]
 

@@ -10,7 +10,7 @@ import stat
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from glob import escape
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -21,11 +21,12 @@ try:
 except ImportError:  # where there is none, nobody waits for anybody
     fcntl = None
 
-from jaxaccel.export._manifest import FILES, LONGEST, File, Manifest, is_file_name, parse
+from jaxaccel.export._manifest import FILES, FORMAT, LONGEST, File, Manifest, is_file_name, parse
 
 MANIFEST = "manifest.json"
 ZIP = ".zip"
 _SEAL = 64  # the comment of a zip: the SHA-256 of all bytes before it, in hexadecimal digits
+_PARTIAL = ".jaxaccel-partial"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same bytes whenever it is saved
 
 
@@ -33,15 +34,25 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same bytes whenever it is saved
 def staged(path: Path) -> Iterator[Path]:
     """A folder beside `path` to write into, gone afterwards; those of killed processes go first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{escape(path.name)}.*.partial"):
+    for left in path.parent.glob(f".{escape(path.name)}.*{_PARTIAL}"):
         with suppress(OSError), _locked(left, wait=False):
             shutil.rmtree(left)
-    stage = Path(tempfile.mkdtemp(".partial", f".{path.name}.", path.parent))
-    try:
-        with _locked(stage):
+    with ExitStack() as stack:
+        stage = _stage(path, stack)
+        try:
             yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _stage(path: Path, stack: ExitStack) -> Path:
+    """A new folder, locked; before it is, another process may take it for one that was left."""
+    while True:
+        stage = Path(tempfile.mkdtemp(_PARTIAL, f".{path.name}.", path.parent))
+        with suppress(FileNotFoundError):
+            stack.enter_context(_locked(stage))
+            if stage.exists():
+                return stage
 
 
 @contextmanager
@@ -62,6 +73,8 @@ def _locked(folder: Path, *, wait: bool = True, shared: bool = False) -> Iterato
             fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
         yield
     finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a process that was forked meanwhile has it too
         os.close(handle)
 
 
@@ -77,9 +90,11 @@ def check_target(path: Path) -> None:
     Raises:
         FileExistsError: the message says what.
     """
-    if path.suffix == ZIP:
+    if is_zip(path):
         if path.is_dir():
             raise FileExistsError(f"{path}: is a folder; name a file, or a folder without {ZIP}")
+        if path.exists() and not _has_seal(path):
+            raise FileExistsError(f"{path}: is no artefact; remove it, or name another file")
     elif path.exists() and not path.is_dir():
         raise FileExistsError(f"{path}: is a file; name a folder, or a file that ends in {ZIP}")
     elif path.is_dir() and any(path.iterdir()) and not _is_ours(path):
@@ -87,7 +102,25 @@ def check_target(path: Path) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    return all(name == MANIFEST or is_file_name(name) for name in os.listdir(folder))
+    names = [name for name in os.listdir(folder) if not name.startswith(".")]
+    if not all(name == MANIFEST or is_file_name(name) for name in names):
+        return False
+    if MANIFEST not in names:
+        return True
+    with (folder / MANIFEST).open("rb") as file:
+        return FORMAT.encode() in file.read(100)
+
+
+def is_zip(path: Path) -> bool:
+    """Whether all is to be in one file."""
+    return path.suffix.lower() == ZIP
+
+
+def _has_seal(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return len(archive.comment) == _SEAL
 
 
 def commit(stage: Path, manifest: Manifest, path: Path) -> None:
@@ -97,7 +130,7 @@ def commit(stage: Path, manifest: Manifest, path: Path) -> None:
     (stage / MANIFEST).write_text(manifest.text())
     for file in stage.iterdir():
         _sync(file)
-    if path.suffix == ZIP:
+    if is_zip(path):
         _zip(stage, manifest, path)
     else:
         _replace(stage, manifest, path)
@@ -173,12 +206,13 @@ def opened(path: Path) -> Iterator["Stored"]:
     if not path.is_file() or not zipfile.is_zipfile(path):
         raise ValueError(f"{path}: not an artefact: neither a folder nor a zip")
     with path.open("rb") as file:
-        with _read_from(path):
-            archive = zipfile.ZipFile(file)
-        if archive.comment != _hash_but_last(file).encode():
+        whole = _hash_but_last(file)
+        if file.read(_SEAL) != whole.encode():
             raise ValueError(
                 f"{path}: damaged: the hash at its end is not that of its bytes; {_FIX}"
             )
+        with _read_from(path):
+            archive = zipfile.ZipFile(file)
         yield Stored(path, archive)
 
 
@@ -187,7 +221,7 @@ def _read_from(where: Any) -> Iterator[None]:
     """Damage as an error that names the file."""
     try:
         yield
-    except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{where}: damaged: {error}; {_FIX}") from None
 
 

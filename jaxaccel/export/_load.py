@@ -22,6 +22,7 @@ from jaxaccel.export._tree import build, describe, flatten, implementations, raw
 # What StableHLO may call by name: JAX's own, of which none runs Python or a kernel from the file.
 _CALLS = re.compile(
     r"shape_assertion|Sharding|SPMD\w+|annotate_device_placement|AllocateBuffer|ApproxTopK"
+    r"|Eigh|LuDecomposition|ProductOfElementaryHouseholderReflectors|Qr"
     r"|stablehlo\.dynamic_\w+|(lapack|cu|cusolver|cublas|cusparse|cufft|hip|hipsolver|hipblas)_\w+"
 )
 # Who calls a loaded function is named in errors, not this file.
@@ -34,7 +35,8 @@ def load(path: str | os.PathLike[str]) -> "tuple[Loaded, PyTree]":
 
     Neither the code of the model nor its framework is needed, and nothing of the file is run
     before the function is called. Every file is checked against the length and the hash in the
-    manifest, the manifest against its own; the hashes tell of damage, not of who wrote them.
+    manifest, the manifest against its own. The hashes tell of damage, not of who wrote them, and
+    XLA's reader of programs is not made against attackers: load what you trust.
 
     Args:
         path: the folder or the zip.
@@ -64,7 +66,7 @@ def load(path: str | os.PathLike[str]) -> "tuple[Loaded, PyTree]":
     with opened(Path(path)) as stored:
         manifest = stored.manifest
         where = stored.where(manifest.name("function"))
-        found = _function(stored.read("function"), manifest, where)
+        found = function(stored.read("function"), manifest, where)
         return Loaded(found, manifest), _built(stored, _arrays(stored))
 
 
@@ -153,8 +155,12 @@ def _alike(arrays: Mapping[str, jax.Array], like: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _function(content: bytes, manifest: Manifest, where: str) -> jax.export.Exported:
-    """The program, checked against the manifest."""
+def function(content: bytes, manifest: Manifest, where: str) -> jax.export.Exported:
+    """The program, checked against the manifest.
+
+    Raises:
+        ValueError: it is not what `load` takes; the message begins with `where`.
+    """
     least = jax.export.minimum_supported_calling_convention_version
     most = jax.export.maximum_supported_calling_convention_version
     maker = f"made with jax {manifest.made_with.get('jax')}"
@@ -165,7 +171,7 @@ def _function(content: bytes, manifest: Manifest, where: str) -> jax.export.Expo
         )
     try:
         found = jax.export.deserialize(bytearray(content))
-        text = found.mlir_module()
+        text, signature = found.mlir_module(), _signature(found)
     except Exception as error:  # of bytes that are no such program, any
         what = f"{type(error).__name__}: {str(error)[:200]}"
         raise ValueError(
@@ -175,8 +181,10 @@ def _function(content: bytes, manifest: Manifest, where: str) -> jax.export.Expo
         name = (call[1] or call[2]).strip('"')
         if not _CALLS.fullmatch(name):
             raise ValueError(f"{where}: calls {name!r}, which is none of JAX's stable operations")
-    if _signature(found) != _expected(manifest):
+    if signature != _expected(manifest):
         raise ValueError(f"{where}: its inputs and outputs are not those of the manifest")
+    if found.has_vjp() or found.ordered_effects or found.unordered_effects:
+        raise ValueError(f"{where}: has more than a function in it: a gradient, or side effects")
     return found
 
 
@@ -184,14 +192,16 @@ def _signature(found: jax.export.Exported) -> Any:
     plain = lambda aval: (aval.dtype.name, tuple(map(str, aval.shape)))
     args, kwargs = jax.tree.unflatten(found.in_tree, list(map(plain, found.in_avals)))
     results = jax.tree.unflatten(found.out_tree, list(map(plain, found.out_avals)))
-    return [args, kwargs, results, found.platforms]
+    what = (found.platforms, found.nr_devices, found.calling_convention_version)
+    return [args, kwargs, results, what]
 
 
 def _expected(m: Manifest) -> Any:
     plain = lambda aval: (aval.dtype, tuple(map(str, aval.shape)))
     arrays = {name: plain(aval) for name, aval in m.arrays.items()}
     arguments = [plain(aval) for aval in m.arguments.values()]
-    return [(arrays, arguments), {}, [plain(aval) for aval in m.results.values()], m.platforms]
+    results = [plain(aval) for aval in m.results.values()]
+    return [(arrays, arguments), {}, results, (m.platforms, 1, m.calling_convention)]
 
 
 def _arrays(stored: Stored) -> dict[str, jax.Array]:

@@ -15,7 +15,7 @@ from jaxaccel.export._tree import Description, check, implementations
 
 FORMAT, VERSION = "jaxaccel.export", 1
 FILES = {"function": "stablehlo", "parameters": "safetensors"}
-LONGEST = 1 << 26  # bytes of a manifest
+LONGEST = 1 << 24  # bytes of a manifest
 _MALFORMED = KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError
 _HASH = re.compile("[0-9a-f]{64}")
 

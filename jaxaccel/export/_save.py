@@ -20,10 +20,12 @@ from jaxaccel._forms import Op, candidates, rule
 from jaxaccel._forms_report import operands, operation
 from jaxaccel._recipe import recipe
 from jaxaccel._rewritten import with_slices
+from jaxaccel._slices import is_symbolic
 from jaxaccel._trace import check_transparent
 from jaxaccel._tuned import retuned
 from jaxaccel.export._batch import Axes, symbolic
 from jaxaccel.export._files import check_target, commit, described, staged
+from jaxaccel.export._load import function
 from jaxaccel.export._manifest import FILES, Aval, Manifest
 from jaxaccel.export._tree import Described, describe, implementations, raw, typed
 
@@ -79,8 +81,9 @@ def save(
         >>> sorted(name.partition("-")[0] for name in os.listdir(folder))
         ['function', 'manifest.json', 'parameters']
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path) if Path(path).is_symlink() else path)
     check_target(target)
+    platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms)
     for name in platforms:
         if name not in PLATFORMS:
             raise ValueError(f"platforms={platforms!r}: {name!r} must be one of {PLATFORMS}")
@@ -88,8 +91,11 @@ def save(
     with staged(target) as stage:
         (stage / "function").write_bytes(program.function)
         safetensors.numpy.save_file(program.arrays, stage / "parameters")
+        (stage / "parameters").chmod((stage / "function").stat().st_mode)  # not for its owner alone
         files = {part: described(stage / part) for part in FILES}
-        commit(stage, Manifest(**program.about, files=files), target)
+        manifest = Manifest(**program.about, files=files)
+        function(program.function, manifest, "fn")  # what could not be loaded is not saved
+        commit(stage, manifest, target)
 
 
 class Program(NamedTuple):
@@ -118,9 +124,10 @@ def exported(
         made = describe(results, "result", custom=False)
         chosen = _Recorded()
         flat = _flat(fn, [*map(jax.tree.structure, (params, tuple(example)))], held, given)
-        avals = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
+        avals = dict(zip(held.names, map(_aval, jax.tree.leaves(params)), strict=True))
         with _without_paths():
-            found = _lowered(retuned(with_slices(flat), chosen), avals, inputs, platforms)
+            sizes = [jax.eval_shape(raw, leaf) for leaf in jax.tree.leaves(tuple(example))]
+            found = _lowered(retuned(with_slices(flat), chosen), avals, (inputs, sizes), platforms)
     if found.nr_devices != 1:
         raise ValueError(
             f"fn: is laid out over {found.nr_devices} devices; an artefact is for one: save the "
@@ -141,6 +148,12 @@ def exported(
         "forms": chosen.rows(),
     }
     return Program(bytes(found.serialize()), arrays, about)
+
+
+def _aval(leaf: Any) -> Any:
+    """As it is traced: a number of Python's, or one from it, takes the dtype of others."""
+    aval = jax.typeof(raw(leaf))
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
 def _flat(fn: Callable, trees: Sequence[Any], held: Described, given: Described) -> Callable:
@@ -165,12 +178,16 @@ def _name(fn: Callable) -> str:
 def _lowered(
     flat: Callable, arrays: Any, arguments: Sequence[Any], platforms: Sequence[str]
 ) -> jax.export.Exported:
-    """For all batch sizes, where one of the arguments has one."""
+    """For all batch sizes, where one of the arguments has one; the second are of the example."""
+    export = jax.export.export(jax.jit(flat), platforms=platforms)
+    symbolic, example = arguments
     try:
-        return jax.export.export(jax.jit(flat), platforms=platforms)(arrays, arguments)
+        return export(arrays, symbolic)
     except Exception as error:
-        if not any(type(size) is not int for aval in arguments for size in aval.shape):
+        if not any(is_symbolic(aval.shape) for aval in symbolic):
             raise
+        if not any(is_symbolic(aval.shape) for aval in example):
+            export(arrays, example)  # what fails for every size says so itself
         raise ValueError(
             f"fn works for the example but not for every batch size: {_first_line(error)}; pass "
             "batch_axes=None to save it for the sizes of the example alone"
@@ -190,7 +207,7 @@ def _numbers(params: PyTree, held: Described) -> dict[str, np.ndarray]:
         numbers = raw(leaf)
         if isinstance(numbers, jax.Array) and not numbers.is_fully_addressable:
             raise TypeError(f"{name}: is spread over several processes; gather it in one first")
-        found[name] = np.ascontiguousarray(np.asarray(numbers)).reshape(np.shape(numbers))
+        found[name] = np.asarray(numbers, jax.typeof(numbers).dtype, order="C")
         if name == "__metadata__":
             raise ValueError(f"{name}: is what safetensors calls something else; rename it")
         if found[name].dtype.name not in _STORED:

@@ -216,6 +216,10 @@ def flatten(description: Description, tree: Any, root: str) -> Iterator[tuple[st
     ((kind, content), *_) = description.items()
     if kind == "array":
         aval_of(content, tree)
+        found, expected = _implementation(tree), description.get("key")
+        if found != expected:
+            kinds = [f"a random key of {kind}" if kind else "numbers" for kind in (found, expected)]
+            raise ValueError(f"{content}: {kinds[0]}, expected {kinds[1]}")
         yield content, raw(tree)
     elif kind == "qtensor":
         if not _is_qtensor(tree):
