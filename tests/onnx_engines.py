@@ -12,12 +12,17 @@ sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore[reportArgu
 # It would fork, which JAX warns of.
 import openvino  # noqa: E402
 
+# Else data would be put on integers where only the weights of a matrix product are.
+ENTRIES = {"qdq_matmulnbits_accuracy_level": "1"}
+OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 ENGINES = ("onnxruntime", "openvino")
 
 
-def session(model, folder=None):
+def session(model, folder=None, **entries):
     """Of onnxruntime; its own form of the graph goes into the folder."""
     options = onnxruntime.SessionOptions()
+    for name, value in {**ENTRIES, **entries}.items():
+        options.add_session_config_entry(f"session.{name}", value)
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     if folder is not None:
         options.optimized_model_filepath = str(folder / "optimized.onnx")
@@ -35,16 +40,22 @@ def operations(model):
     return Counter(node.op_type for node in model.graph.node)
 
 
-def run_by(engine, model, batches):
+def run_by(engine, model, batches, **options):
     """The results for each batch of arguments, which are given by name."""
     if engine == "onnxruntime":
-        started = session(model)
+        started = session(model, **options)
         return [started.run(None, feeds) for feeds in batches]
+    compiled = _compiled(model, **options)
+    names = {name for port in compiled.inputs for name in port.names}  # of what is read
+    read = lambda feeds: {name: x for name, x in feeds.items() if name in names}
+    return [[np.array(x) for x in compiled(read(feeds)).values()] for feeds in batches]
+
+
+def _compiled(model, **options):
     core = openvino.Core()
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    options = {**OPTIONS, "INFERENCE_NUM_THREADS": 1, **options}
     content = model if isinstance(model, bytes) else model.SerializeToString()
-    compiled = core.compile_model(core.read_model(content), "CPU", options)
-    return [[np.array(x) for x in compiled(feeds).values()] for feeds in batches]
+    return core.compile_model(core.read_model(content), "CPU", options)
 
 
 def feeds(model, *args):
@@ -69,3 +80,10 @@ def same_by(engines, model, fn, params, batches, tolerance=1e-5):
     for engine in engines:
         for found, result in zip(run_by(engine, model, given), expected, strict=True):
             close(found, result, tolerance)
+
+
+def precisions(model):
+    """How often openvino runs which kind of layer in which precision."""
+    infos = [node.get_rt_info() for node in _compiled(model).get_runtime_model().get_ops()]
+    text = lambda info, name: info[name].astype(str)
+    return Counter((text(i, "layerType"), text(i, "runtimePrecision")) for i in infos)

@@ -145,6 +145,8 @@ def _threads() -> int:
 def _onnxruntime(tool: Any, content: bytes) -> Run:
     options = tool.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, _threads()
+    # Else data that are float32 beside weights in 8 bits would be put on integers too.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = tool.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda arrays: session.run(None, arrays)
 
@@ -154,6 +156,7 @@ def _openvino(tool: Any, content: bytes) -> Run:
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": _threads(),
         "INFERENCE_PRECISION_HINT": "f32",  # some processors would take bfloat16
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # as above
     }
     core = tool.Core()
     compiled = core.compile_model(core.read_model(content), "CPU", options)

@@ -93,21 +93,21 @@ class Setting:
 
 def execute(program: Program, arguments: Sequence[Any], setting: Setting) -> list[Array]:
     """The outputs of a program; an argument may be a `QTensor`."""
-    return _Run(program, setting).outputs(arguments)
+    return Run(program, setting).outputs(arguments)
 
 
 def result_of(
     program: Program, layer: Layer, setting: Setting, data: Array, kernel: QTensor
 ) -> Array:
     """What leaves one layer; its data are in 8 bits or real."""
-    run = _Run(program, setting)
+    run = Run(program, setting)
     run.real_[layer.kernel.leaf] = kernel
     (run.integers_ if data.dtype == jnp.int8 else run.real_)[layer.contraction.data] = data
     run._layer(layer)
     return (run.integers_ if run._stays(layer) else run.real_)[layer.tail.end]
 
 
-class _Run:
+class Run:
     """The values of one graph: real ones, and those in 8 bits."""
 
     def __init__(self, program: Program, setting: Setting) -> None:
@@ -286,7 +286,8 @@ class _Run:
         if bodies is None:
             return None
         called: list[Callable[..., list[Any]]] = [
-            lambda *args, body=body: execute(body, args, self._inner()) for body in bodies
+            lambda *args, body=body: type(self)(body, self._inner()).outputs(args)
+            for body in bodies
         ]
         if node.name == "while":
             called.insert(0, lambda *args: run(node.bodies[0], args))

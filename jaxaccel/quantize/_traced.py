@@ -18,7 +18,7 @@ from jaxaccel.fold._view import Keys
 from jaxaccel.quantize._arithmetic import Grid
 from jaxaccel.quantize._execute import Constants, Segment, Setting, execute
 from jaxaccel.quantize._layers import Layer
-from jaxaccel.quantize._plan import Choice, Plan, plan
+from jaxaccel.quantize._plan import Activations, Choice, Plan, plan
 from jaxaccel.quantize._program import Program, end_of
 from jaxaccel.quantize._qtensor import all_finite, is_qtensor
 from jaxaccel.quantize._report import report
@@ -101,7 +101,12 @@ class Quantized:
 
     def __call__(self, params: PyTree, *args: Any) -> Any:
         """The result of the original function, from quantized parameters."""
-        return self._run(params, args, None)
+        return self.run(params, args)
+
+    @property
+    def activations(self) -> Activations:
+        """As of `int8`."""
+        return self._traced.choice.activations
 
     def segments(self, params: PyTree, *args: Any) -> list[Segment]:
         """Every integer step as it runs: integers in, integers or real numbers out."""
@@ -109,7 +114,7 @@ class Quantized:
 
         def run(params: PyTree, args: Sequence[Any]) -> list[Any]:
             found.clear()
-            self._run(params, args, found)
+            self.run(params, args, found)
             return [(s.operands, s.accumulator, s.constants, s.result) for s in found]
 
         ran = jax.jit(run)(params, args)
@@ -130,7 +135,14 @@ class Quantized:
         }
         return Setting(self._traced.choice.activations, self._grids, constants, segments)
 
-    def _run(self, params: PyTree, args: Sequence[Any], segments: list[Segment] | None) -> Any:
+    def run(
+        self,
+        params: PyTree,
+        args: Sequence[Any],
+        segments: list[Segment] | None = None,
+        execute: Callable[[Program, Sequence[Any], Setting], list[Any]] = execute,
+    ) -> Any:
+        """The same by another way to execute a program, and with what ran."""
         given = keyed(params, is_qtensor)
         self._check(given)
         made, traced = self._traced.plan(params, args)

@@ -1,6 +1,6 @@
 """A lowered graph as a checked model: its names, its inputs and results, its weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -8,8 +8,10 @@ import jax.dtypes
 import jax.numpy as jnp
 import numpy as np
 
+from jaxaccel._graph import Graph, Value, values_of
 from jaxaccel.export._onnx._converted import converted, first_line
 from jaxaccel.export._onnx._lowered import Lowered
+from jaxaccel.export._onnx._ops import OPERATION
 from jaxaccel.export._onnx._tidy import tidied
 
 _LARGEST = 2**31 - 2**24  # what protobuf can hold, with room for the nodes
@@ -29,7 +31,7 @@ def assembled(made: Lowered, inputs: Mapping[str, Any], results: Sequence[str], 
         NotImplementedError: for a primitive that cannot be written.
         ValueError: it would be too large, or onnx finds something wrong with it.
     """
-    weights = [value for value, array in made.graph.constants.items() if _is_weight(array)]
+    weights = list(_weights(made.graph))
     arrays = [np.asarray(made.graph.constants[value]) for value in weights]
     size = sum(array.nbytes for array in arrays)
     if size > _LARGEST:
@@ -72,9 +74,12 @@ def _checked(model: Any) -> Any:
     return model
 
 
-def _is_weight(array: Any) -> bool:
-    """Not indices, by which jax2onnx decides what to write."""
-    dtype = jnp.result_type(array)
-    return bool(np.ndim(array)) and dtype.name not in ("bool", "int32", "uint32") and not (
-        jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    )  # fmt: skip
+def _weights(graph: Graph) -> Iterator[Value]:
+    """The constants but for indices, by which jax2onnx decides what to write."""
+    shown = {v for node in graph.nodes if node.name != OPERATION for v in values_of(node.inputs)}
+    for value, array in graph.constants.items():
+        dtype = jnp.result_type(array)
+        key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+        index = dtype.name in ("bool", "int32", "uint32") and value in shown
+        if np.ndim(array) and not key and not index:
+            yield value

@@ -21,6 +21,9 @@ from jaxaccel.export._onnx._ops import OPERATION
 # Of which onnxruntime has no kernel yet, or of which it has one in newer opsets alone.
 _TOO_NEW = ("bitcast_convert_type", "cumprod", "fft")
 WEIGHT = "jaxaccel_weight_{}"
+OWN = (
+    "jaxaccel"  # the domain of our operations while jax2onnx, which removes some wrongly, has them
+)
 _PLUGINS = ("jax2onnx.plugins.jax.lax", "jax2onnx.plugins.jax.core")
 
 
@@ -73,6 +76,7 @@ def _write(ctx: Any, eqn: Any) -> None:
     made = getattr(ctx.builder, params["name"])(
         *inputs, _outputs=[ctx.fresh_name(params["name"])], **dict(params["attributes"])
     )
+    made.producer().domain = OWN
     made.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(out.aval.dtype)))
     made.shape = ir.Shape([n if type(n) is int else str(n) for n in out.aval.shape])
     ctx.bind_value_for_var(out, made)

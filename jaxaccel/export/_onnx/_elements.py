@@ -15,6 +15,7 @@ from jaxaccel.export._onnx._moved import (
     Constant,
     Held,
     Moved,
+    Reshaped,
     dtype_of,
     inverse,
     is_constant,
@@ -60,7 +61,7 @@ def limited(node: Node, operands: list[Held]) -> Sequence[Held] | None:
         if is_constant(x) or number is None or not whole or not _is_float(x):
             continue
         if largest and number == 0:
-            return _in(_order(x), [x], lambda arrays: [_ops.relu(*arrays)])
+            return each(x, _ops.relu)
         low, high = (number, np.inf) if largest else (-np.inf, number)
         return _clipped(x, low, high)
     return elementwise(node, operands)
@@ -76,7 +77,14 @@ def clamp(node: Node, operands: list[Held]) -> Sequence[Held] | None:
 
 def _clipped(x: Held, low: float | None, high: float | None) -> list[Held]:
     limits = [np.asarray(bound, dtype_of(x)) for bound in (low, high)]
-    return _in(_order(x), [x], lambda arrays: [_ops.clip(*arrays, *limits)])
+    return each(x, lambda x: _ops.clip(x, *limits))
+
+
+def each(x: Held, run: Callable[[Any], Any]) -> list[Held]:
+    """Of each element, however it is held."""
+    if isinstance(x, Moved | Reshaped):
+        return [x._replace(array=run(x.array))]
+    return [run(plain(x))]
 
 
 def same(node: Node, operands: list[Held]) -> Sequence[Held] | None:

@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 
 from jaxaccel._dataflow import flatten
 from jaxaccel._graph import Atom, Graph, Node, Value, graph_of, needed, run
-from jaxaccel.export._onnx import _elements, _products, _windows
+from jaxaccel.export._onnx import _elements, _grids, _products, _windows
 from jaxaccel.export._onnx._converted import check_dtypes, check_supported
 from jaxaccel.export._onnx._loops import entered
 from jaxaccel.export._onnx._moved import plain
 from jaxaccel.export._onnx._ops import NAMED
 from jaxaccel.export._onnx._settled import CUSTOM
+from jaxaccel.export._onnx._simplified import simplified
 
-_RULES = {**_elements.RULES, **_windows.RULES, **_products.RULES}
+_RULES = {**_elements.RULES, **_windows.RULES, **_products.RULES, **_grids.RULES}
 
 
 class Lowered(NamedTuple):
@@ -27,7 +28,7 @@ def lowered(graph: Graph, avals: Sequence[Any]) -> Lowered:
     """Of a graph whose constants are computed."""
     flat = lambda *arguments: list(map(plain, run(graph, arguments, _rule)))
     made, _ = graph_of(flat, *avals)
-    return _without_names(needed(made))
+    return _without_names(simplified(needed(made)))
 
 
 def _rule(node: Node, operands: list[Any]) -> Sequence[Any]:

@@ -22,6 +22,7 @@ from jaxaccel.export._batch import Axes, symbolic
 from jaxaccel.export._files import staged
 from jaxaccel.export._onnx._assembled import assembled
 from jaxaccel.export._onnx._converted import check_installed, first_line, only_example
+from jaxaccel.export._onnx._int8 import OnGrids, as_written
 from jaxaccel.export._onnx._lowered import lowered
 from jaxaccel.export._onnx._settled import settled
 from jaxaccel.export._tree import describe, implementations, raw, typed
@@ -90,7 +91,7 @@ def model(
     if opset not in OPSETS:
         raise ValueError(f"opset={opset}: must be one of {OPSETS[0]} to {OPSETS[-1]}")
     check_transparent(fn)
-    call = _checked(fn, params, example, batch_axes)
+    call = _checked(as_written(fn), params, example, batch_axes)
     with rules_alone(), jax.enable_x64(False):
         traced, arrays = _traced(call)
         _check_keys(call, traced)
@@ -157,7 +158,8 @@ def _traced(call: Call) -> tuple[Trace, dict[str, Any]]:
     # What keeps it from being folded keeps nothing from being written.
     with suppress(Exception), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "jx.fold.batchnorm: nothing to fold")
-        return _trace(call, *batchnorm(call.fn, call.params, *call.example))
+        if not isinstance(call.fn, OnGrids):  # whose batch norm is folded
+            return _trace(call, *batchnorm(call.fn, call.params, *call.example))
     try:
         return _trace(call, call.fn, call.params)
     except Exception as error:

@@ -68,7 +68,7 @@ def shape_of(value: Held) -> tuple[Any, ...]:
 
 def dtype_of(value: Held) -> Any:
     if isinstance(value, Kernel):
-        return jnp.result_type(plain(value.scale))
+        return dtype_of(value.scale)
     held = isinstance(value, Moved | Reshaped | Constant)
     return value.array.dtype if held else jnp.result_type(value)
 

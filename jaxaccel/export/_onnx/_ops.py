@@ -40,13 +40,14 @@ def _operation(*arrays: Array, run: Callable[..., Array], **_: Any) -> Array:
         return run(*arrays)
 
 
-def _abstract(*avals: Any, **params: Any) -> Any:
-    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-    found = jax.eval_shape(lambda *arrays: _operation(*arrays, **params), *shapes)
-    return jax.core.ShapedArray(found.shape, found.dtype)
+def primitive(name: str, run: Callable[..., Array]) -> Primitive:
+    """One that computes ``run(*arrays, **params)``."""
 
+    def abstract(*avals: Any, **params: Any) -> Any:
+        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+        found = jax.eval_shape(lambda *arrays: run(*arrays, **params), *shapes)
+        return jax.core.ShapedArray(found.shape, found.dtype)
 
-def _primitive(name: str, run: Callable[..., Array], abstract: Callable[..., Any]) -> Primitive:
     made = Primitive(name)
     made.def_impl(run)
     made.def_abstract_eval(abstract)
@@ -54,8 +55,8 @@ def _primitive(name: str, run: Callable[..., Array], abstract: Callable[..., Any
     return made
 
 
-operation_p = _primitive(OPERATION, _operation, _abstract)
-named_p = _primitive(NAMED, lambda array, name: array, lambda aval, name: aval)
+operation_p = primitive(OPERATION, _operation)
+named_p = primitive(NAMED, lambda array, name: array)
 
 
 def reshape(x: Array, shape: tuple[Any, ...]) -> Array:

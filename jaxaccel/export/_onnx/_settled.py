@@ -11,6 +11,7 @@ import numpy as np
 from jaxaccel._dataflow import evaluate, flatten, shuffles
 from jaxaccel._graph import Graph, Node, Value, values_of
 from jaxaccel._slices import is_symbolic
+from jaxaccel.export._onnx._grids import SCALED, scaled
 from jaxaccel.export._onnx._moved import Constant
 from jaxaccel.export._onnx._ops import NAMED, OPERATION
 
@@ -25,7 +26,7 @@ def settled(graph: Graph, params: Mapping[Value, tuple[str, Any]]) -> Graph:
         graph: any.
         params: of those inputs that are fixed, the name and the array.
     """
-    graph = shuffles(flatten(_placed(graph), CUSTOM))
+    graph = _with_kernels(shuffles(flatten(_placed(graph), CUSTOM)), params)
     sources = {value: name for value, (name, _) in params.items()}
     sources |= dict.fromkeys(graph.constants, _UNNAMED)
     for node in graph.nodes:
@@ -52,10 +53,33 @@ def _placed(graph: Graph, outer: Any = None) -> Graph:
     return replace(graph, nodes=nodes)
 
 
+def _with_kernels(graph: Graph, params: Mapping[Value, Any]) -> Graph:
+    """Where integers with a scale are the kernels of convolutions and products: as one node."""
+    integers = {}
+    elsewhere = set(values_of(graph.outputs))
+    for node in graph.nodes:
+        source = node.inputs[0] if node.name == "convert_element_type" else None
+        if isinstance(source, Value) and source in params and source.aval.dtype == np.int8:
+            integers[node.outputs[0]] = source
+        read = values_of(node.inputs)
+        if node.name != "conv_general_dilated":  # of which the kernel is not reshaped
+            matrices = node.name == "dot_general"
+            elsewhere.update(v for v in read if not (matrices and len(v.shape) == 2))
+
+    def kept(node: Node) -> Node:
+        if node.name != "mul" or node.outputs[0] in elsewhere or node.inputs[0] not in integers:
+            return node
+        inputs = [integers[node.inputs[0]], node.inputs[1]]
+        run = lambda operands: [scaled(*operands)]
+        return replace(node, name=SCALED, inputs=inputs, run=run) if inputs[1] in params else node
+
+    return replace(graph, nodes=list(map(kept, graph.nodes)))
+
+
 def _computable(node: Node) -> bool:
     """Whether it can be computed now: what is written as an operation of ONNX stays one."""
     symbolic = any(is_symbolic(out.shape) for out in node.outputs)
-    return not (symbolic or node.effects or node.name in (OPERATION, NAMED, "dim_as_value"))
+    return not (symbolic or node.effects or node.name in (OPERATION, NAMED, SCALED, "dim_as_value"))
 
 
 def _arrays(

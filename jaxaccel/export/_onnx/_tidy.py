@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxaccel.export._onnx._converted import WEIGHT
+from jaxaccel.export._onnx._converted import OWN, WEIGHT
 
 _OUTPUTS = {"Conv": 0, "Gemm": 1}  # the axis of the kernel that is that of the results
 
@@ -26,10 +26,18 @@ def tidied(
         results: what its results are to be.
     """
     del graph.value_info[:]  # some are wrong once jax2onnx has moved a transpose
+    _undo_domains(graph)
     _set_interface(graph, inputs, results)
     _add_weights(graph, weights)
     _Biases(graph).add()
     _drop_unused(graph)
+
+
+def _undo_domains(graph: Any) -> None:
+    for node in graph.node:
+        node.domain = "" if node.domain == OWN else node.domain
+        for inner in _inside(node):
+            _undo_domains(inner)
 
 
 def _set_interface(graph: Any, inputs: Sequence[Any], results: Sequence[Any]) -> None:
@@ -133,13 +141,20 @@ class _Biases:
     def _fits(self, maker: Any, name: str) -> bool:
         """Whether a tensor has one number for each output of a node that has no bias."""
         bias, axis = self.tensors.get(name), _OUTPUTS.get(maker.op_type)
-        kernel = self.tensors.get(maker.input[1]) if axis is not None else None
+        kernel = self._kernel(maker.input[1]) if axis is not None else None
         if bias is None or kernel is None or len(maker.input) > 2:
             return False
         place = 1 - len(kernel.dims) if axis == 0 else -1  # among the axes of the result
         sizes = [1] * len(kernel.dims)
         sizes[place] = kernel.dims[axis]
         return list(bias.dims) == sizes[len(sizes) - len(bias.dims) :] and len(bias.dims) >= -place
+
+    def _kernel(self, name: str) -> Any:
+        """The tensor, or that of the integers from which it is made."""
+        made = self.makers.get(name)
+        if made is not None and made.op_type == "DequantizeLinear":
+            return self.tensors.get(made.input[0])
+        return self.tensors.get(name)
 
     def _vector(self, name: str) -> str:
         """The tensor with one axis; under its own name, if nothing else reads it."""

@@ -1,6 +1,6 @@
 """Rules for convolutions, poolings and padding: of ONNX's own kind, with channels first."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -105,21 +105,34 @@ def _cut(images: Array, edges: Sequence[tuple[int, int]]) -> Array:
 def pooling(node: Node, operands: list[Held]) -> Sequence[Held] | None:
     """The largest, the smallest or the sum of each window."""
     x, p = operands[0], node.params
+    if node.name == "reduce_window_min":
+        found = pooled(x, p, "MaxPool", lambda pool, images: -pool(-images))
+    elif node.name == "reduce_window_max":
+        found = pooled(x, p, "MaxPool")
+    else:
+        size = np.asarray(np.prod(p["window_dimensions"]), dtype_of(x))
+        found = pooled(x, p, "AveragePool", lambda pool, images: pool(images) * size)
+    return None if found is None else [found]
+
+
+def pooled(
+    x: Held,
+    p: dict[str, Any],
+    name: str,
+    run: Callable[[Callable[[Array], Array], Array], Array] = lambda pool, images: pool(images),
+) -> Held | None:
+    """``run`` of a pooling and the images, channels first; None where ONNX has no such pooling."""
     order = _channels_first(x, p)
     if order is None or set(p["base_dilation"]) != {1}:
         return None
-    sums = node.name == "reduce_window_sum"
     window, strides, dilation, edges = (
         [p[name][axis] for axis in order[2:]]
         for name in ("window_dimensions", "window_strides", "window_dilation", "padding")
     )
-    if sums and set(dilation) != {1}:
+    if name == "AveragePool" and set(dilation) != {1}:
         return None
-    images = ordered(x, order)
-    if node.name == "reduce_window_min":
-        return [moved(-_pooled(-images, window, strides, dilation, edges, "MaxPool"), order)]
-    made = _pooled(images, window, strides, dilation, edges, "AveragePool" if sums else "MaxPool")
-    return [moved(made * np.asarray(np.prod(window), made.dtype) if sums else made, order)]
+    pool = lambda images: _pooled(images, window, strides, dilation, edges, name)
+    return moved(run(pool, ordered(x, order)), order)
 
 
 def _channels_first(x: Held, p: dict[str, Any]) -> tuple[int, ...] | None:
@@ -177,14 +190,19 @@ def _windows(
 def padding(node: Node, operands: list[Held]) -> Sequence[Held] | None:
     """Also between the elements."""
     x, value = operands
-    config = [tuple(map(int, one)) for one in node.params["padding_config"]]
+    return [padded(x, plain(value), node.params["padding_config"])]
+
+
+def padded(x: Held, fill: Any, padding: Sequence[Any]) -> Held:
+    """In whatever order of axes; the padding is that of `lax.pad`."""
+    config = [tuple(map(int, one)) for one in padding]
     order = x.order if isinstance(x, Moved) else tuple(range(len(config)))
-    array, fill = ordered(x, order), plain(value)
+    array = ordered(x, order)
     for place, axis in enumerate(order):
         if config[axis][2]:
             array = _spread(array, fill, place, config[axis][2])
     edges = tuple((config[axis][0], config[axis][1]) for axis in order)
-    return [moved(_ops.pad(array, fill, edges) if any(map(any, edges)) else array, order)]
+    return moved(_ops.pad(array, fill, edges) if any(map(any, edges)) else array, order)
 
 
 def _spread(array: Array, fill: Array, axis: int, gap: int) -> Array:
