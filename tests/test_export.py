@@ -215,7 +215,8 @@ def test_the_next_one_replaces_it(path):
     identical(before({"w": W}, X), X @ W)
 
 
-def test_the_recipe_and_the_forms(path):
+def test_the_recipe_and_the_forms(tmp_path):
+    path = tmp_path / "net.zip"
     fn, params = NAMED["resnet20"].build()
     x = NAMED["resnet20"].images()
     fn, params = jx.fold.batchnorm(fn, params, x)

@@ -17,6 +17,7 @@ from tests.models import ZOO, Case
 from tests.networks import frameworks, sequence, vision
 
 ALONE = Path(__file__).with_name("load_alone.py")
+FULL_TIER = pytest.mark.full
 Made = tuple[Callable, Any]
 Transform = Callable[[Callable, Any, jax.Array], Made]
 NAMES = {case.name: case for case in ZOO}
@@ -94,8 +95,8 @@ def check_alone(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "cases", [[c for c in ZOO if c.name != "mobilenet"], vision.CASES, sequence.CASES,
-              frameworks.CASES, pytest.param([NAMES["mobilenet"]], marks=pytest.mark.full)],
+    "cases", [[c for c in ZOO if c.name != "mobilenet"], *(pytest.param(cases, marks=FULL_TIER)
+              for cases in (vision.CASES, sequence.CASES, frameworks.CASES, [NAMES["mobilenet"]]))],
     ids=["zoo", "vision", "sequence", "frameworks", "mobilenet"],
 )  # fmt: skip
 def test_networks(cases: Sequence[Case], tmp_path: Path):
@@ -105,14 +106,14 @@ def test_networks(cases: Sequence[Case], tmp_path: Path):
     check_alone(tmp_path)
 
 
-SHORT = {"convnet": [*TRANSFORMS], "linen": [*TRANSFORMS], "resnet20": ["everything"]}
-FULL = {case.name: [*TRANSFORMS] for case in ZOO if case.name not in ("convnet", "linen")}
+SHORT = {"linen": [*TRANSFORMS], "convnet": ["int8", "everything"]}
+FULL = {case.name: [*TRANSFORMS] for case in ZOO if case.name != "linen"}
 
 
 @pytest.mark.filterwarnings("ignore:jx.fold.batchnorm. nothing to fold")
 @pytest.mark.parametrize(
     ("model", "transforms"),
-    [*SHORT.items(), *(pytest.param(*item, marks=pytest.mark.full) for item in FULL.items())],
+    [*SHORT.items(), *(pytest.param(*item, marks=FULL_TIER) for item in FULL.items())],
     ids=lambda value: value if isinstance(value, str) else str(len(value)),
 )
 def test_transforms(model: str, transforms: Sequence[str], tmp_path: Path):

@@ -29,6 +29,7 @@ LONG = (
     *("mobilenet", "unet", "densenet", "inception", "shuffle_unit", "shuffle_twice", "vit"),
     *("resnet20", "chain", "haiku", "haiku_state", "equinox", "keras", "group_norm", "fused_qkv"),
     *("squeeze_excite", "grouped", "flatten", "multiplier", "lstm", "gru", "stacked", "nchw"),
+    *("separable", "tied", "hand_written", "gated", "linen_plain"),
     *("linen_residual", "linear_attention", "elman", "two_pass"),
 )
 POWER = {"scales": "power_of_two"}
@@ -56,7 +57,7 @@ def test_each_step_is_one_off_at_most(case, options):
         assert apart(run(*other), wanted) < REAL, engine
 
 
-@pytest.mark.parametrize("name", ["convnet", "separable", "linen"])
+@pytest.mark.parametrize("name", ["separable", "linen"])
 def test_engines_compute_what_is_written(name):
     """What differs from XLA is how ONNX rounds, not how the engine does: of shifts every bit."""
     fn, params, x = int8(name, **POWER)
@@ -132,7 +133,7 @@ def test_kernels_are_in_8_bits_with_a_scale_for_each_channel():
     assert size < 1.3 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("opset", [18, 20, 21, 23])
+@pytest.mark.parametrize("opset", [18, 21, 23])
 def test_newer_opsets(opset, tmp_path):
     fn, params, x = int8("convnet")
     older, newer = (model(fn, params, (x,), opset=one) for one in (17, opset))
@@ -147,7 +148,7 @@ def test_what_is_autotuned_or_jitted(wrap):
     assert operations(model(wrap(fn), params, (x,))) == operations(model(fn, params, (x,)))
 
 
-@pytest.mark.parametrize("name", ["convnet", "resnet20", "lstm", "vit"])
+@pytest.mark.parametrize("name", ["convnet", "vit"])
 def test_weights_alone(name):
     fn, params, x = int8(name, activations="float")
     made = model(fn, params, (x,))
