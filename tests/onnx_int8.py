@@ -84,16 +84,16 @@ def apart(found, expected):
 
 
 class Reset(_Reals):
-    """Every step reads what XLA has there."""
+    """Every step reads what XLA has there, but for those inside a loop."""
 
-    def __init__(self, program, setting, given):
+    def __init__(self, program, setting, given=()):
         super().__init__(program, setting)
         self.given = given
 
     def _keep(self, step, operands, result, acc=None, constants=None):
         super()._keep(step, operands, result, acc, constants)
         found, end = self.setting.segments or [], end_of(step)
-        if found[-1].grid is not None:
+        if found and found[-1].grid is not None:
             self.integers_[end] = on_grid(self.given[len(found) - 1], self.grid(end))
 
 

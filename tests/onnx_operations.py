@@ -32,6 +32,11 @@ VECTORS = {
     "of integers": lambda w, x: first(x) @ jnp.ones((1, 2), jnp.int32)
     if x.ndim == 1 else jnp.einsum("b,bi->i", first(x), first(x)[:, None] * jnp.arange(3)),
     "slices": lambda w, x: (x[:, ::2], x[-1], x[:, 1:3], x[1:]),
+    "reshapes around a limit": lambda w, x: (
+        jnp.maximum(x.reshape(-1, 2, 3), w[None, None, 0, :3]).reshape(-1, 6),
+        *(lambda y: (y, y.reshape(-1, 6) + 1))(jnp.maximum(x.reshape(-1, 2, 3), 0)),
+    ),
+    "reversed": lambda w, x: (lax.rev(x @ w, (1,)), lax.rev(x, (0,))),
     "stack and tile": lambda w, x: (jnp.stack([x, -x], 1), jnp.tile(x, (2, 3))),
     "broadcast": lambda w, x: jnp.broadcast_to(x[:, None], (x.shape[0], 3, 6)) + w[:3],
     "interior": lambda w, x: lax.pad(x, 1.5, [(0, 0, 0), (2, -1, 2)]),

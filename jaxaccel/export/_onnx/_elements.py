@@ -177,11 +177,13 @@ def piece(node: Node, operands: list[Held]) -> Sequence[Held] | None:
 
 
 def flip(node: Node, operands: list[Held]) -> Sequence[Held] | None:
-    (x,) = operands
-    if not isinstance(x, Moved):
+    """As a slice; of it alone jax2onnx writes eight nodes."""
+    (x,), axes = operands, node.params["dimensions"]
+    order, sizes = _order(x), shape_of(x)
+    if is_constant(x) or is_symbolic([sizes[axis] for axis in axes]):
         return None
-    places = tuple(x.order.index(axis) for axis in node.params["dimensions"])
-    return [moved(lax.rev(x.array, places), x.order)]
+    places = {order.index(axis): (-1, -sizes[axis] - 1, -1) for axis in axes}
+    return _in(order, [x], lambda arrays: [_ops.sliced(arrays[0], places)])
 
 
 def split(node: Node, operands: list[Held]) -> Sequence[Held] | None:

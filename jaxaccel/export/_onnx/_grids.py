@@ -189,8 +189,7 @@ def _dense(
     made = _ops.dense(rows, kernel, _bias(bias, scale, data) if bias else None)
     if place == 0:
         return reshaped(made, (*frees, *outs))
-    return moved(plain(reshaped(made, (*frees, *outs))),
-                 [*range(len(outs), len(outs) + len(frees)), *range(len(outs))])  # fmt: skip
+    return reshaped(ordered(made, (1, 0)), (*outs, *frees))
 
 
 def _flat(x: Held, order: Sequence[int], shape: tuple[Any, ...]) -> Array:

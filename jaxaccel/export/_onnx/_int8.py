@@ -104,8 +104,9 @@ class _Reals(Run):
     def _apart(self, end: Value, x: Array, bounds: Bounds = _ALL) -> Array:
         """What leaves the integers."""
         if bounds == _ALL:
-            # Else openvino multiplies it by its scale twice, where several nodes read it.
-            return apart(x) if end in self.program.view.readers else x
+            # Else openvino multiplies it by its scale twice, where several nodes read it, and may
+            # fail where it is reshaped.
+            return apart(x) if end in self.program.view.readers or x.ndim > 2 else x
         x = x if bounds.low == -np.inf else lax.max(x, np.float32(bounds.low))
         return x if bounds.high == np.inf else lax.min(x, np.float32(bounds.high))
 

@@ -45,6 +45,13 @@ def onnx(
     their layout at the inputs and the results; inside they have their channels first, as the
     operations of ONNX ask. It is written whole or not at all.
 
+    A function of `jx.quantize.int8` becomes one of 8 bits: each step between ``DequantizeLinear``
+    and ``QuantizeLinear``, of which engines make integer kernels. They round halves to even, and
+    biases are whole numbers, so that an integer may be one off; where kernels alone are in 8 bits,
+    engines may round the data as well. On x86 without VNNI the sums of onnxruntime saturate,
+    unless its ``session.x64quantprecision`` is "1". Run the file in the engine that is to have it:
+    openvino 2026.4 is wrong about some loops beside layers of 8 bits.
+
     Args:
         path: the file.
         fn: ``fn(params, *args)``; inference. Autotuned operations become ONNX's own.
@@ -61,11 +68,11 @@ def onnx(
         NotImplementedError: ONNX has no form of a primitive; the message names the line of it.
         TypeError: a leaf is no array, has no numbers yet, or is of 64 bits; an argument or a
             result has another kind of node.
-        ValueError: the axes do not fit the arguments, `fn` does not work for every batch size, or
-            a file of ONNX cannot hold so much.
+        ValueError: the axes do not fit the arguments, `fn` does not work for every batch size, its
+            activations are "dynamic", or a file of ONNX cannot hold so much.
 
     Example:
-        >>> import tempfile, jax.numpy as jnp, onnxruntime
+        >>> import tempfile, jax.numpy as jnp, numpy as np, onnxruntime
         >>> def net(params, x):
         ...     return jnp.tanh(x @ params["dense"]["kernel"])
         >>> path = tempfile.mkdtemp() + "/net.onnx"
