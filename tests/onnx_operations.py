@@ -36,6 +36,11 @@ VECTORS = {
         jnp.maximum(x.reshape(-1, 2, 3), w[None, None, 0, :3]).reshape(-1, 6),
         *(lambda y: (y, y.reshape(-1, 6) + 1))(jnp.maximum(x.reshape(-1, 2, 3), 0)),
     ),
+    "shuffles": lambda w, x: (
+        *(x.reshape(-1, n, 6 // n).swapaxes(1, 2).reshape(-1, 6) for n in (1, 2, 3, 6)),
+        jnp.pad(x, [(0, 0), (0, 2)]).reshape(-1, 2, 2, 2).transpose(0, 3, 2, 1).reshape(-1, 8),
+        x.reshape(-1, 6, 1).swapaxes(1, 2).reshape(-1, 6) @ w,
+    ),
     "reversed": lambda w, x: (lax.rev(x @ w, (1,)), lax.rev(x, (0,))),
     "stack and tile": lambda w, x: (jnp.stack([x, -x], 1), jnp.tile(x, (2, 3))),
     "broadcast": lambda w, x: jnp.broadcast_to(x[:, None], (x.shape[0], 3, 6)) + w[:3],

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from jax import lax
+from jaxtyping import Array
 
 from jaxaccel._graph import Node
 from jaxaccel._slices import is_symbolic
@@ -196,18 +197,28 @@ def split(node: Node, operands: list[Held]) -> Sequence[Held] | None:
 
 def shuffle(node: Node, operands: list[Held]) -> Sequence[Held] | None:
     """Of the groups of an axis, as of channels: in whatever order of axes."""
-    (x,) = operands
-    order, places = _order(x), node.params["order"]
-    groups = int(places.tolist().index(1)) and len(places) // int(places[1])
-    if not isinstance(x, Moved) or not groups or (
-        places.reshape(-1, groups).T.ravel() != np.arange(len(places))
-    ).any():  # fmt: skip
-        return None
+    (x,), places = operands, node.params["order"]
+    groups = _groups(places)
+    if groups is None:
+        return node.run([plain(x)])
+    order = _order(x)
     axis = order.index(node.params["axis"])
-    before, after = x.array.shape[:axis], x.array.shape[axis + 1 :]
-    parts = _ops.reshape(x.array, (*before, groups, len(places) // groups, *after))
-    swapped = lax.transpose(parts, [*range(axis), axis + 1, axis, *range(axis + 2, parts.ndim)])
-    return [moved(_ops.reshape(swapped, x.array.shape), order)]
+
+    def swapped(arrays: list[Array]) -> list[Array]:
+        sizes = arrays[0].shape
+        parts = (*sizes[:axis], groups, len(places) // groups, *sizes[axis + 1 :])
+        swap = [*range(axis), axis + 1, axis, *range(axis + 2, len(parts))]
+        return [_ops.reshape(lax.transpose(_ops.reshape(arrays[0], parts), swap), sizes)]
+
+    return [x] if groups == 1 else _in(order, [x], swapped)
+
+
+def _groups(places: np.ndarray) -> int | None:
+    """Of how many groups these are the first of each, then the second, and so on."""
+    numbers = np.arange(len(places))
+    parts = (groups for groups in numbers + 1 if len(places) % groups == 0)
+    swaps = (n for n in parts if np.array_equal(numbers.reshape(n, -1).T.ravel(), places))
+    return next(map(int, swaps), None)
 
 
 def reshape(node: Node, operands: list[Held]) -> Sequence[Held] | None:
