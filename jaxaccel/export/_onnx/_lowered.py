@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from jaxaccel._dataflow import flatten
 from jaxaccel._graph import Atom, Graph, Node, Value, graph_of, needed, run
-from jaxaccel.export._onnx import _elements, _grids, _products, _windows
+from jaxaccel.export._onnx import _elements, _grids, _indexing, _products, _windows
 from jaxaccel.export._onnx._converted import check_dtypes, check_supported
 from jaxaccel.export._onnx._loops import entered
 from jaxaccel.export._onnx._moved import plain
@@ -14,7 +14,13 @@ from jaxaccel.export._onnx._ops import NAMED
 from jaxaccel.export._onnx._settled import CUSTOM
 from jaxaccel.export._onnx._simplified import simplified
 
-_RULES = {**_elements.RULES, **_windows.RULES, **_products.RULES, **_grids.RULES}
+_RULES = {
+    **_elements.RULES,
+    **_indexing.RULES,
+    **_windows.RULES,
+    **_products.RULES,
+    **_grids.RULES,
+}
 
 
 class Lowered(NamedTuple):

@@ -96,6 +96,19 @@ def clip(x: Array, low: Any, high: Any) -> Array:
     return operation("Clip", lambda x, low, high: jnp.clip(x, low, high), x, low, high)
 
 
+def scattered(x: Array, places: Array, updates: Array, reduction: str | None) -> Array:
+    """With updates along the first axis at these places, in their place or combined with them."""
+
+    def run(x: Array, places: Array, updates: Array) -> Array:
+        rest = jnp.meshgrid(*map(jnp.arange, places.shape), indexing="ij", sparse=True)[1:]
+        method = {"add": "add", "mul": "multiply", "max": "max", "min": "min"}
+        change = getattr(x.at[places, *rest], method.get(reduction or "", "set"))
+        return change(updates, mode="promise_in_bounds")
+
+    how = {} if reduction is None else {"reduction": reduction}
+    return operation("ScatterElements", run, x, places, updates, axis=0, **how)
+
+
 def remainder(x: Array, y: Array) -> Array:
     """With the sign of `x`, as of `lax.rem`."""
     return operation("Mod", lax.rem, x, y, fmod=1)
