@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import jax
 import numpy as np
@@ -13,15 +13,20 @@ from jaxtyping import PyTree
 
 from jaxaccel.export._batch import Axes, symbolic
 from jaxaccel.export._manifest import Aval
-from jaxaccel.export._onnx import model
-from jaxaccel.export._tree import describe
+from jaxaccel.export._onnx import checked, written
+from jaxaccel.export._tree import describe, raw
 
 Engine: TypeAlias = Literal["xla", "onnxruntime", "openvino"]
 Run: TypeAlias = Callable[[dict[str, np.ndarray]], Sequence[np.ndarray]]
 
 
 def compile(
-    fn: Callable, params: PyTree, *example: Any, engine: Engine = "xla", batch_axes: Axes = 0
+    fn: Callable,
+    params: PyTree,
+    *example: Any,
+    engine: Engine = "xla",
+    batch_axes: Axes = 0,
+    opset: int = 17,
 ) -> "Compiled":
     """A function and its parameters on an engine; `jx.measure.compare` takes it beside others.
 
@@ -34,15 +39,17 @@ def compile(
         *example: arguments of `fn`: pytrees (dicts, lists, tuples) of arrays, or of
             `jax.ShapeDtypeStruct`.
         engine: "xla", which is `jax.jit` on JAX's default device; "onnxruntime"; "openvino".
-        batch_axes: as of `jx.export.onnx`.
+        batch_axes, opset: as of `jx.export.onnx`.
 
     Returns:
         A function of the same arguments, without the parameters. Its result is the same tree, of
-        JAX's arrays for "xla" and NumPy's for the others.
+        JAX's arrays for "xla" and NumPy's for the others. Engines differ where ONNX leaves it open:
+        openvino's relu gives a number for NaN, and its top k of equal numbers any of them.
 
     Raises:
         ImportError: the engine is not installed.
         NotImplementedError, TypeError: as `jx.export.onnx`.
+        RuntimeError: the engine does not take what was written.
         ValueError: as `jx.export.onnx`, or for an unknown engine.
 
     Example:
@@ -53,15 +60,23 @@ def compile(
         >>> call(jnp.array([[1.0, 1.0]]))
         {'y': array([[3.]], dtype=float32)}
     """
-    if engine == "xla":
-        return Compiled(engine, params, _xla(fn, params))
-    if engine not in _STARTED:
+    if engine != "xla" and engine not in _STARTED:
         raise ValueError(f"engine={engine!r} must be one of 'xla', 'onnxruntime', 'openvino'")
+    given = describe(tuple(example), "args", custom=False)
+    avals = [Aval.of(x) for x in symbolic(example, given, batch_axes)]
+    arguments = _Arguments(jax.tree.structure(tuple(example)), given.names, avals)
+    if engine == "xla":
+        jax.eval_shape(fn, params, *example)
+        return Compiled(engine, params, _xla(fn, params, arguments))
     _imported(engine)  # before the work that needs it
-    content = model(fn, params, example, batch_axes).SerializeToString()
-    results = jax.tree.structure(jax.eval_shape(fn, params, *example))
-    bind = _foreign(started(engine, content), example, batch_axes, results)
-    return Compiled(engine, params, bind)
+    call = checked(fn, params, example, batch_axes)
+    made = written(call, opset)
+    try:
+        run = started(engine, made.SerializeToString())
+    except Exception as error:  # of the engine's own kinds
+        raise RuntimeError(f"engine={engine!r} does not take what was written: {error}") from error
+    results = [_aval_of(info) for info in made.graph.output]
+    return Compiled(engine, params, _foreign(engine, run, arguments, results, call.tree))
 
 
 class Compiled:
@@ -83,16 +98,36 @@ class Compiled:
         """The result.
 
         Raises:
+            RuntimeError: the engine fails, or gives arrays of other shapes than the function.
             TypeError, ValueError: the arguments are not like the example; the message names the
-                path. With "xla", what JAX raises for the function.
+                path.
         """
         return self.bind(*args)()
 
 
-def _xla(fn: Callable, params: PyTree) -> Callable[..., Callable[[], Any]]:
+class _Arguments(NamedTuple):
+    """What a call takes."""
+
+    tree: Any
+    names: list[str]
+    avals: list[Aval]
+
+    def leaves(self, args: tuple[Any, ...]) -> list[Any]:
+        """Those of a call, random keys as their numbers; raises an error where they differ."""
+        leaves, found = jax.tree.flatten(args)
+        if found != self.tree:
+            raise ValueError(f"args: {found}, expected {self.tree}")
+        leaves = list(map(raw, leaves))
+        for name, leaf, aval in zip(self.names, leaves, self.avals, strict=True):
+            aval.check(name, leaf)
+        return leaves
+
+
+def _xla(fn: Callable, params: PyTree, arguments: _Arguments) -> Callable[..., Callable[[], Any]]:
     compiled, held = jax.jit(fn), jax.device_put(params)
 
     def bind(*args: Any) -> Callable[[], Any]:
+        arguments.leaves(args)
         given = jax.device_put(args)
         return lambda: compiled(held, *given)
 
@@ -100,26 +135,36 @@ def _xla(fn: Callable, params: PyTree) -> Callable[..., Callable[[], Any]]:
 
 
 def _foreign(
-    run: Run, example: Sequence[Any], batch_axes: Axes, results: Any
+    engine: str, run: Run, arguments: _Arguments, results: Sequence[Aval], tree: Any
 ) -> Callable[..., Callable[[], Any]]:
     """For an engine that takes and returns NumPy's arrays."""
-    given = describe(tuple(example), "args", custom=False)
-    inputs = [Aval.of(x) for x in symbolic(example, given, batch_axes)]
-    tree = jax.tree.structure(tuple(example))
 
     def bind(*args: Any) -> Callable[[], Any]:
-        leaves, found = jax.tree.flatten(args)
-        if found != tree:
-            raise ValueError(f"args: {found}, expected {tree}")
-        for name, leaf, aval in zip(given.names, leaves, inputs, strict=True):
-            aval.check(name, leaf)
-        arrays = {
-            name: np.asarray(x, aval.dtype, order="C")
-            for name, x, aval in zip(given.names, leaves, inputs, strict=True)
-        }
-        return lambda: jax.tree.unflatten(results, run(arrays))
+        given = zip(arguments.names, arguments.leaves(args), arguments.avals, strict=True)
+        arrays = {name: np.asarray(x, aval.dtype, order="C") for name, x, aval in given}
+
+        def call() -> Any:
+            found = run(arrays)
+            for place, (array, aval) in enumerate(zip(found, results, strict=True)):
+                if not aval.fits(Aval.of(array)):
+                    raise RuntimeError(
+                        f"{engine} gives {Aval.of(array)} for result {place}, which is {aval}: it "
+                        "has a fault in what this function needs; use another engine"
+                    )
+            return jax.tree.unflatten(tree, found)
+
+        return call
 
     return bind
+
+
+def _aval_of(info: Any) -> Aval:
+    """Of a result of a model."""
+    from onnx import helper
+
+    kind = info.type.tensor_type
+    sizes = tuple(d.dim_param or d.dim_value for d in kind.shape.dim)
+    return Aval(helper.tensor_dtype_to_np_dtype(kind.elem_type).name, sizes)
 
 
 def started(engine: str, content: bytes) -> Run:
@@ -128,12 +173,17 @@ def started(engine: str, content: bytes) -> Run:
 
 
 def _imported(engine: str) -> Any:
+    modules, reports = cast(dict[str, Any], sys.modules), "openvino_telemetry"
+    known = reports in modules
     # openvino would report its use, by a process that it forks.
-    cast(dict[str, Any], sys.modules).setdefault("openvino_telemetry", None)
+    modules.setdefault(reports, None)
     try:
         return importlib.import_module(engine)
     except ImportError as error:
         raise ImportError(f"engine={engine!r} is not installed: pip install {engine}") from error
+    finally:
+        if not known:
+            modules.pop(reports, None)
 
 
 def _threads() -> int:

@@ -129,12 +129,12 @@ def commit(stage: Path, manifest: Manifest, path: Path) -> None:
         os.replace(stage / part, stage / manifest.name(part))
     (stage / MANIFEST).write_text(manifest.text())
     for file in stage.iterdir():
-        _sync(file)
+        sync(file)
     if is_zip(path):
         _zip(stage, manifest, path)
     else:
         _replace(stage, manifest, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _replace(stage: Path, manifest: Manifest, path: Path) -> None:
@@ -143,9 +143,9 @@ def _replace(stage: Path, manifest: Manifest, path: Path) -> None:
     with _locked(path):
         for name in ours:
             os.replace(stage / name, path / name)
-        _sync(path)
+        sync(path)
         os.replace(stage / MANIFEST, path / MANIFEST)
-        _sync(path)
+        sync(path)
         for name in os.listdir(path):
             if is_file_name(name) and name not in ours:
                 (path / name).unlink()
@@ -165,7 +165,7 @@ def _zip(stage: Path, manifest: Manifest, path: Path) -> None:
         seal = _hash_but_last(opened)
         opened.seek(-_SEAL, os.SEEK_END)
         opened.write(seal.encode())
-    _sync(whole)
+    sync(whole)
     os.replace(whole, path)
 
 
@@ -179,7 +179,7 @@ def _hash_but_last(file: IO[bytes]) -> str:
     return found.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Until it would outlive a loss of power."""
     with suppress(PermissionError):  # a folder cannot be opened everywhere
         handle = os.open(path, os.O_RDONLY)

@@ -44,14 +44,18 @@ class Aval:
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
-    def check(self, name: str, x: Any) -> None:
-        """Raises a ValueError where an array is not so; an expression may be of any size."""
-        found = Aval.of(jax.typeof(x))
+    def fits(self, found: "Aval") -> bool:
+        """Whether another one is so; an expression may be of any size."""
         same = len(found.shape) == len(self.shape) and all(
             type(size) is str or size == got
             for got, size in zip(found.shape, self.shape, strict=True)
         )
-        if not same or found.dtype != self.dtype:
+        return same and found.dtype == self.dtype
+
+    def check(self, name: str, x: Any) -> None:
+        """Raises a ValueError where an array is not so."""
+        found = Aval.of(jax.typeof(x))
+        if not self.fits(found):
             raise ValueError(f"{name}: {found}, expected {self}")
 
 

@@ -190,7 +190,8 @@ def check_same(fn: Any, made: Plan, expected: list[Any]) -> None:
     if signature(made) != expected:
         raise ValueError(
             f"{fn!r}: for these arguments fn has other steps than for the batches of its "
-            "calibration: they depend on shapes; quantize with batches of these shapes"
+            "calibration: they depend on shapes, or sum over an axis whose size is not known, as "
+            "of the batch; quantize with batches of these shapes"
         )
 
 

@@ -50,7 +50,7 @@ def assembled(made: Lowered, inputs: Mapping[str, Any], results: Sequence[str], 
     )
     model.ir_version, model.producer_name = _IR_VERSION, "jaxaccel"
     model.producer_version = version("jaxaccel")
-    return _checked(model)
+    return _checked(model, opset)
 
 
 def _info(name: str, aval: Any) -> Any:
@@ -62,14 +62,15 @@ def _info(name: str, aval: Any) -> Any:
     )
 
 
-def _checked(model: Any) -> Any:
+def _checked(model: Any, opset: int) -> Any:
     import onnx
 
     try:
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # onnx has three kinds, of no common class of its own
         raise ValueError(
-            f"fn: onnx does not accept what jax2onnx made of it: {first_line(error)}"
+            f"fn: onnx does not accept what jax2onnx made of it: {first_line(error)}; a newer "
+            f"opset than {opset} may have it"
         ) from error
     return model
 

@@ -176,10 +176,11 @@ def converted(
 
 def _refusal(error: Exception) -> Exception:
     """What jax2onnx says, with the primitive and the line where it stands."""
-    frames = [frame for frame, _ in walk_tb(error.__traceback__) if "eqn" in frame.f_locals]
-    if not frames:
+    found = [frame.f_locals.get("eqn") for frame, _ in walk_tb(error.__traceback__)]
+    found = [eqn for eqn in found if hasattr(eqn, "primitive") and hasattr(eqn, "source_info")]
+    if not found or isinstance(error, jax.errors.InconclusiveDimensionOperation):
         return error
-    eqn = frames[-1].f_locals["eqn"]
+    eqn: Any = found[-1]
     where = at(eqn.primitive.name, source_of(eqn.source_info))
     return NotImplementedError(f"{where}: jax2onnx cannot write it: {first_line(error)}; {_FIX}")
 

@@ -54,6 +54,20 @@ def _common(operands: Sequence[Held]) -> tuple[int, ...] | None:
     return None if best == tuple(range(len(best))) else best
 
 
+def rounding(node: Node, operands: list[Held]) -> Sequence[Held] | None:
+    """ONNX rounds halves to even, as `jax.numpy` does; `lax.round` away from zero."""
+    if node.params["rounding_method"] != lax.RoundingMethod.AWAY_FROM_ZERO:
+        return elementwise(node, operands)
+
+    def away(x: Array) -> Array:
+        size = lax.abs(x)
+        floor = lax.floor(size)
+        half = lax.ge(lax.sub(size, floor), np.asarray(0.5, x.dtype))
+        return lax.mul(lax.sign(x), lax.add(floor, half.astype(x.dtype)))
+
+    return each(operands[0], away)
+
+
 def limited(node: Node, operands: list[Held]) -> Sequence[Held] | None:
     """A relu by its name, and an upper bound as a clip: so they are fused with what is before."""
     for x, other in (operands, operands[::-1]):
@@ -139,11 +153,15 @@ def reduction(node: Node, operands: list[Held]) -> Sequence[Held] | None:
 
 
 def concatenate(node: Node, operands: list[Held]) -> Sequence[Held] | None:
+    """Without those that have no elements, as the edges of JAX's padding."""
+    axis = node.params["dimension"]
+    operands = [x for x in operands if shape_of(x)[axis] != 0]
+    if len(operands) == 1:
+        return operands
     order = _common(operands)
     if order is None:
-        return None
-    dimension = order.index(node.params["dimension"])
-    return _in(order, operands, lambda arrays: node.run(arrays, dimension=dimension))
+        return node.run(list(map(plain, operands)))
+    return _in(order, operands, lambda arrays: node.run(arrays, dimension=order.index(axis)))
 
 
 def stack(node: Node, operands: list[Held]) -> Sequence[Held] | None:
@@ -226,7 +244,8 @@ def reshape(node: Node, operands: list[Held]) -> Sequence[Held] | None:
     shape, before = node.outputs[0].shape, shape_of(operands[0])
     if is_symbolic(before) and prod(before) != prod(shape):  # which JAX leaves for later
         raise ValueError(only_example(f"{at(node.name, node.source)} makes {before} {shape}"))
-    return [reshaped(operands[0], shape)]
+    order = node.params.get("dimensions")  # as of order="F"
+    return [reshaped(operands[0] if order is None else ordered(operands[0], order), shape)]
 
 
 def broadcast(node: Node, operands: list[Held]) -> Sequence[Held] | None:
@@ -247,7 +266,7 @@ ELEMENTWISE = (
     *("abs", "add", "add_any", "and", "cbrt", "ceil", "convert_element_type", "cos"),
     *("div", "eq", "erf", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow"),
     *("is_finite", "le", "log", "log1p", "logistic", "lt", "mul", "ne", "neg", "not", "or"),
-    *("pow", "round", "rsqrt", "select_n", "sign", "sin", "sqrt", "square"),
+    *("pow", "rsqrt", "select_n", "sign", "sin", "sqrt", "square"),
     *("sub", "tan", "tanh"),
 )
 REDUCTIONS = (
@@ -259,6 +278,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(REDUCTIONS, reduction),
     **dict.fromkeys(("copy", "copy_p", "stop_gradient", "optimization_barrier"), same),
     **dict.fromkeys(("max", "min"), limited),
+    "round": rounding,
     "clamp": clamp,
     "rem": remainder,
     "transpose": transpose,

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from jaxaccel._dataflow import flatten
 from jaxaccel._graph import Atom, Graph, Node, Value, graph_of, needed, run
 from jaxaccel.export._onnx import _elements, _grids, _indexing, _products, _windows
@@ -39,6 +41,8 @@ def lowered(graph: Graph, avals: Sequence[Any]) -> Lowered:
 
 def _rule(node: Node, operands: list[Any]) -> Sequence[Any]:
     check_dtypes(node)
+    if all(0 in out.shape for out in node.outputs):  # which ONNX's Reshape would misread
+        return [jnp.zeros(out.shape, out.aval.dtype) for out in node.outputs]
     rule = _RULES.get(node.name)
     results = rule(node, operands) if rule else None
     if results is not None:

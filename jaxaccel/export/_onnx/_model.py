@@ -19,16 +19,18 @@ from jaxaccel._slices import is_symbolic
 from jaxaccel._trace import Trace, check_transparent, trace
 from jaxaccel._tuned import untuned
 from jaxaccel.export._batch import Axes, symbolic
-from jaxaccel.export._files import staged
+from jaxaccel.export._files import staged, sync
 from jaxaccel.export._onnx._assembled import assembled
 from jaxaccel.export._onnx._converted import check_installed, first_line, only_example
 from jaxaccel.export._onnx._int8 import OnGrids, as_written
 from jaxaccel.export._onnx._lowered import lowered
 from jaxaccel.export._onnx._settled import settled
-from jaxaccel.export._tree import describe, implementations, raw, typed
+from jaxaccel.export._tree import Described, describe, implementations, raw, typed
 from jaxaccel.fold import batchnorm
 
 OPSETS = range(17, 24)
+_WIDE = ("float64", "int64", "uint64", "complex128")
+_NOT_PASSED = ("bfloat16", "complex64", "int2", "int4", "uint2", "uint4")
 
 
 def onnx(
@@ -81,30 +83,22 @@ def onnx(
         >>> session.run(None, {"args/0": np.zeros((1, 2), "float32")})
         [array([[0., 0.]], dtype=float32)]
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(f"{target}: is a folder; name a file")
     made = model(fn, params, example, batch_axes, opset).SerializeToString()
     with staged(target) as stage:
         (stage / "model").write_bytes(made)
+        sync(stage / "model")
         os.replace(stage / "model", target)
+        sync(target.parent)
 
 
 def model(
     fn: Callable, params: PyTree, example: Sequence[Any], batch_axes: Axes = 0, opset: int = 17
 ) -> Any:
     """The ``onnx.ModelProto`` that `onnx` writes."""
-    check_installed()
-    if opset not in OPSETS:
-        raise ValueError(f"opset={opset}: must be one of {OPSETS[0]} to {OPSETS[-1]}")
-    check_transparent(fn)
-    call = _checked(as_written(fn), params, example, batch_axes)
-    with rules_alone(), jax.enable_x64(False):
-        traced, arrays = _traced(call)
-        _check_keys(call, traced)
-        given = dict(zip(traced.graph.inputs, arrays.items(), strict=False))  # the first of them
-        made = lowered(settled(traced.graph, given), list(call.inputs.values()))
-        return assembled(made, call.inputs, call.results, opset)
+    return written(checked(fn, params, example, batch_axes), opset)
 
 
 class Call(NamedTuple):
@@ -116,6 +110,7 @@ class Call(NamedTuple):
     inputs: dict[str, Any]
     keys: Mapping[str, str | None]  # the implementation of those inputs that are random keys
     results: list[str]
+    tree: Any  # of the results
 
     def flat(self, fn: Callable) -> Callable:
         """A function of the parameters and of arrays, in the place of `fn`."""
@@ -129,8 +124,11 @@ class Call(NamedTuple):
         return untuned(run)
 
 
-def _checked(fn: Callable, params: PyTree, example: Sequence[Any], batch_axes: Axes) -> Call:
-    example = tuple(example)
+def checked(fn: Callable, params: PyTree, example: Sequence[Any], batch_axes: Axes) -> Call:
+    """What `onnx` is asked to write; raises where it cannot be."""
+    check_installed()
+    check_transparent(fn)
+    fn, example = as_written(fn), tuple(example)
     leaves = leaf_paths(params)
     if not leaves:
         raise TypeError(f"params: {params!r} has no arrays; fn takes its parameters first")
@@ -138,40 +136,63 @@ def _checked(fn: Callable, params: PyTree, example: Sequence[Any], batch_axes: A
         aval_of(name, leaf)
         if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer):
             raise TypeError(f"{name}: has no numbers yet; export outside of jax.jit, arrays")
-        _check_bits(name, leaf)
+        _check_dtype(name, leaf, _WIDE)
     given = describe(example, "args", custom=False)
     inputs = symbolic(example, given, batch_axes)
     with rules_alone():
         results = jax.eval_shape(fn, params, *example)  # the caller's own mistakes, as they are
     made = describe(results, "result", custom=False)
+    if not made.names:
+        raise ValueError(f"fn returns no arrays, but {results!r}")
     passed = [*jax.tree.leaves(example), *jax.tree.leaves(results)]
     for name, leaf in zip((*given.names, *made.names), passed, strict=True):
-        _check_bits(name, leaf)
-    named = dict(zip(given.names, inputs, strict=True))
-    return Call(fn, params, example, named, implementations(given.description), made.names)
+        _check_dtype(name, leaf, (*_WIDE, *_NOT_PASSED))
+    named, tree = dict(zip(given.names, inputs, strict=True)), jax.tree.structure(results)
+    return Call(fn, params, example, named, implementations(given.description), made.names, tree)
 
 
-def _check_bits(name: str, leaf: Any) -> None:
+def _check_dtype(name: str, leaf: Any, refused: Sequence[str]) -> None:
     dtype = jnp.result_type(leaf)
-    if dtype.name in ("float64", "int64", "uint64", "complex128"):
+    if dtype.name in refused:
         raise TypeError(
             f"{name}: is of {dtype}, and a file of ONNX computes in 32 bits; cast it, or export "
             "with jax.enable_x64(False)"
+            if dtype.name in _WIDE
+            else f"{name}: is of {dtype}, which engines neither take nor return; cast it"
         )
+
+
+def written(call: Call, opset: int = 17) -> Any:
+    """The model of a call."""
+    if type(opset) is not int or opset not in OPSETS:
+        raise ValueError(f"opset={opset!r}: must be one of {OPSETS[0]} to {OPSETS[-1]}")
+    with rules_alone(), jax.enable_x64(False):
+        traced, arrays = _traced(call)
+        _check_keys(call, traced)
+        given = dict(zip(traced.graph.inputs, arrays.items(), strict=False))  # the first of them
+        try:
+            made = lowered(settled(traced.graph, given), list(call.inputs.values()))
+            return assembled(made, call.inputs, call.results, opset)
+        except jax.errors.InconclusiveDimensionOperation as error:
+            raise ValueError(only_example(first_line(error))) from error
 
 
 def _traced(call: Call) -> tuple[Trace, dict[str, Any]]:
     """For every batch size, and the parameters by their names; batch norm folded, if it can be."""
+    fn, params = call.fn, call.params
     # What keeps it from being folded keeps nothing from being written.
     with suppress(Exception), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "jx.fold.batchnorm: nothing to fold")
-        if not isinstance(call.fn, OnGrids):  # whose batch norm is folded
-            return _trace(call, *batchnorm(call.fn, call.params, *call.example))
+        if not isinstance(fn, OnGrids):  # whose batch norm is folded
+            fn, params = batchnorm(fn, params, *call.example)
     try:
-        return _trace(call, call.fn, call.params)
+        return _trace(call, fn, params)
     except Exception as error:
         if not any(is_symbolic(aval.shape) for aval in call.inputs.values()):
             raise
+        avals = symbolic(call.example, Described(None, [*call.inputs]), None)
+        # What is not about the batch size is raised here.
+        _trace(call._replace(inputs=dict(zip(call.inputs, avals, strict=True))), fn, params)
         raise ValueError(only_example(first_line(error))) from error
 
 

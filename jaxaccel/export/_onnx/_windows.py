@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array
@@ -105,6 +105,10 @@ def _cut(images: Array, edges: Sequence[tuple[int, int]]) -> Array:
 def pooling(node: Node, operands: list[Held]) -> Sequence[Held] | None:
     """The largest, the smallest or the sum of each window."""
     x, p = operands[0], node.params
+    if not np.issubdtype(dtype_of(x), np.floating):
+        raise NotImplementedError(
+            f"{at(node.name, node.source)}: ONNX has no pooling of {dtype_of(x)}; cast to float32"
+        )
     if node.name == "reduce_window_min":
         found = pooled(x, p, "MaxPool", lambda pool, images: -pool(-images))
     elif node.name == "reduce_window_max":
@@ -112,7 +116,13 @@ def pooling(node: Node, operands: list[Held]) -> Sequence[Held] | None:
     else:
         size = np.asarray(np.prod(p["window_dimensions"]), dtype_of(x))
         found = pooled(x, p, "AveragePool", lambda pool, images: pool(images) * size)
-    return None if found is None else [found]
+    if found is None:
+        raise NotImplementedError(
+            f"{at(node.name, node.source)}: ONNX has no pooling with gaps between the elements, "
+            "of sums in dilated windows, or over more than three axes; write it in terms of other "
+            "operations"
+        )
+    return [found]
 
 
 def pooled(
@@ -123,8 +133,10 @@ def pooled(
 ) -> Held | None:
     """``run`` of a pooling and the images, channels first; None where ONNX has no such pooling."""
     order = _channels_first(x, p)
-    if order is None or set(p["base_dilation"]) != {1}:
+    if set(p["base_dilation"]) != {1}:
         return None
+    if order is None:
+        return _as_images(x, p, name, run)
     window, strides, dilation, edges = (
         [p[name][axis] for axis in order[2:]]
         for name in ("window_dimensions", "window_strides", "window_dilation", "padding")
@@ -135,13 +147,33 @@ def pooled(
     return moved(run(pool, ordered(x, order)), order)
 
 
+_SIZES = ("window_dimensions", "window_strides", "window_dilation")
+
+
+def _is_pooled(p: dict[str, Any], axis: int) -> bool:
+    return any(p[name][axis] != 1 for name in _SIZES) or p["padding"][axis] != (0, 0)
+
+
+def _as_images(x: Held, p: dict[str, Any], name: str, run: Any) -> Held | None:
+    """As images of one channel: of fewer axes that are not pooled, or of more."""
+    rank = len(shape_of(x))
+    axes = [axis for axis in range(rank) if _is_pooled(p, axis)]
+    apart = [axis for axis in range(rank) if axis not in axes]
+    if not 1 <= len(axes) <= 3:
+        return None
+    array = ordered(x, (*apart, *axes))
+    sizes, rest = array.shape[: len(apart)], array.shape[len(apart) :]
+    lead = {**dict.fromkeys((*_SIZES, "base_dilation"), (1, 1)), "padding": ((0, 0),) * 2}
+    inner = {key: (*first, *(p[key][axis] for axis in axes)) for key, first in lead.items()}
+    made = pooled(_ops.reshape(array, (prod(sizes), 1, *rest)), inner, name, run)
+    if made is None:
+        return None
+    return moved(_ops.reshape(made, (*sizes, *made.shape[2:])), (*apart, *axes))
+
+
 def _channels_first(x: Held, p: dict[str, Any]) -> tuple[int, ...] | None:
     """An order of axes of which the first two are not pooled, and one to three follow."""
-    names = ("window_dimensions", "window_strides", "window_dilation")
-    pooled = [
-        any(p[name][axis] != 1 for name in names) or p["padding"][axis] != (0, 0)
-        for axis in range(len(shape_of(x)))
-    ]
+    pooled = [_is_pooled(p, axis) for axis in range(len(shape_of(x)))]
     order = x.order if isinstance(x, Moved) else tuple(range(len(pooled)))
     apart = [axis for axis in order if not pooled[axis]][:2]
     if len(apart) < 2 or not 3 <= len(order) <= 5:
@@ -177,8 +209,7 @@ def _windows(
     images: Array, *, window: Any, strides: Any, dilation: Any, edges: Any, name: str
 ) -> Array:
     largest = name == "MaxPool"
-    lowest = -np.inf if jnp.issubdtype(images.dtype, jnp.floating) else None
-    start = (lowest if lowest is not None else jnp.iinfo(images.dtype).min) if largest else 0
+    start = -np.inf if largest else 0
     found = lax.reduce_window(
         images, np.asarray(start, images.dtype), lax.max if largest else lax.add,
         (1, 1, *window), (1, 1, *strides), ((0, 0), (0, 0), *edges),
