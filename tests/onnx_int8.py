@@ -32,7 +32,7 @@ class Shown(OnGrids):
 
 def in_jax(fn, params, *args):
     """What would be written for arguments of these shapes: operations that know their JAX."""
-    call = _model._checked(fn, params, args, None)
+    call = _model.checked(fn, params, args, None)
     traced, arrays = _model._traced(call)
     graph = settled(traced.graph, dict(zip(traced.graph.inputs, arrays.items(), strict=False)))
     made = lowered(graph, list(call.inputs.values())).graph

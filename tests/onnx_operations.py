@@ -41,6 +41,22 @@ VECTORS = {
         jnp.pad(x, [(0, 0), (0, 2)]).reshape(-1, 2, 2, 2).transpose(0, 3, 2, 1).reshape(-1, 8),
         x.reshape(-1, 6, 1).swapaxes(1, 2).reshape(-1, 6) @ w,
     ),
+    "rounded": lambda w, x: [
+        f(jnp.concatenate([x, jnp.floor(x) + 0.5, 1e6 * x], 1)) for f in (lax.round, jnp.round)
+    ],
+    "order": lambda w, x: (
+        jax.vmap(lambda row: jnp.ravel(row.reshape(2, 3), order="F"))(x),
+        lax.reshape((w @ w)[:2, :3], (6,), dimensions=(1, 0)),
+    ),
+    "edges": lambda w, x: (
+        *(jnp.pad(x @ w, ((0, 0), (1, 2)), mode=mode) for mode in ("edge", "reflect", "wrap")),
+        jnp.concatenate([x[:, :0], x, x[:, 6:]], 1),
+        (x[:, :0] @ w[:0]) + x,
+    ),
+    "sums along one axis": lambda w, x: (
+        lax.reduce_window(x, 0.0, lax.add, (1, 3), (1, 2), "SAME"),
+        lax.reduce_window(x[0], -jnp.inf, lax.max, (3,), (1,), "SAME"),
+    ),
     "reversed": lambda w, x: (lax.rev(x @ w, (1,)), lax.rev(x, (0,))),
     "stack and tile": lambda w, x: (jnp.stack([x, -x], 1), jnp.tile(x, (2, 3))),
     "broadcast": lambda w, x: jnp.broadcast_to(x[:, None], (x.shape[0], 3, 6)) + w[:3],
@@ -83,6 +99,12 @@ IMAGES = {
     ),
     "wide edges": lambda k, x: jnp.maximum(
         pool(x, (1, 2, 2, 1), (1, 2, 2, 1), ((0, 0), (2, 2), (2, 2), (0, 0))), -9
+    ),
+    "sums of channels": lambda k, x: (
+        lax.reduce_window(x, 0.0, lax.add, (1, 1, 1, 3), (1, 1, 1, 1), "SAME"),
+        lax.reduce_window(
+            conv(x, k, (1, 1), "SAME"), 0.0, lax.add, (1, 2, 2, 3), (1, 2, 1, 1), "SAME"
+        ),
     ),
     "sums": lambda k, x: lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, 2, 2, 1), "SAME"),
     "layouts": lambda k, x: (

@@ -44,9 +44,11 @@ def test_trees_of_arguments_and_results(engine):
     )
     for size in (1, 3):
         given = {"a": np.asarray(normal(size, size, 3))}
-        found, expected = call(given, (None, 3.0)), fn({"w": W}, given, second)
-        assert jax.tree.structure(found) == jax.tree.structure(expected)
-        close(jax.tree.leaves(found), expected)
+        expected = fn({"w": W}, given, second)
+        for number in (3.0, second[1]):
+            found = call(given, (None, number))
+            assert jax.tree.structure(found) == jax.tree.structure(expected)
+            close(jax.tree.leaves(found), expected)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -105,7 +107,7 @@ def test_what_was_loaded_runs_on_xla(tmp_path):
         jx.export.compile(fn, params, X, engine="onnxruntime")
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_other_arguments(engine):
     call = jx.export.compile(net, {"w": W}, X, engine=engine)
     for message, args in {
@@ -130,6 +132,42 @@ def test_bad_input(monkeypatch):
     with pytest.raises(ImportError, match="engine='openvino' is not installed: pip install "
                        "openvino"):  # fmt: skip
         jx.export.compile(net, {"w": W}, X, engine="openvino")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_examples_that_do_not_fit(engine):
+    with pytest.raises(TypeError, match="dot_general requires contracting dimensions"):
+        jx.export.compile(net, {"w": W}, jnp.ones((4, 2)), engine=engine)
+    with pytest.raises(ValueError, match=r"^args/0: of shape \(.*\), has no axis 5 for the batch"):
+        jx.export.compile(net, {"w": W}, X, engine=engine, batch_axes=5)
+
+
+def test_faults_of_engines(monkeypatch):
+    empty = lambda params, x: (jnp.zeros((0, 3)), x)
+    call = jx.export.compile(empty, {"w": W}, X, engine="openvino")
+    with pytest.raises(RuntimeError, match=r"^openvino gives float32\[\] for result 0, which is "
+                       r"float32\[0,3\]: it has a fault in what this function needs; use another "
+                       "engine$"):  # fmt: skip
+        call(X)
+    from jaxaccel.export import _engines
+
+    def started(engine, content):
+        raise OSError("no such operation")
+
+    monkeypatch.setattr(_engines, "started", started)
+    with pytest.raises(RuntimeError, match=r"^engine='onnxruntime' does not take what was written: "
+                       "no such operation$"):  # fmt: skip
+        jx.export.compile(net, {"w": W}, X, engine="onnxruntime")
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_newer_operations_and_keys(engine):
+    fn = lambda params, x, key: (x & params["w"], x)
+    x = jnp.arange(4)
+    call = jx.export.compile(
+        fn, {"w": jnp.int32(3)}, x, jax.random.key(0), engine=engine, batch_axes=(0, None), opset=18
+    )
+    np.testing.assert_array_equal(call(x, jax.random.key(1))[0], x & 3)
 
 
 def test_all_cores_of_the_process(monkeypatch):

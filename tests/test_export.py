@@ -217,8 +217,8 @@ def test_the_next_one_replaces_it(path):
 
 def test_the_recipe_and_the_forms(tmp_path):
     path = tmp_path / "net.zip"
-    fn, params = NAMED["resnet20"].build()
-    x = NAMED["resnet20"].images()
+    fn, params = NAMED["linen"].build()
+    x = NAMED["linen"].images()
     fn, params = jx.fold.batchnorm(fn, params, x)
     fn, params = jx.prune.channels(fn, params, x, ratio=0.3)
     fn, params = jx.quantize.int8(fn, params, [x], progress=False)

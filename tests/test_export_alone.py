@@ -106,8 +106,8 @@ def test_networks(cases: Sequence[Case], tmp_path: Path):
     check_alone(tmp_path)
 
 
-SHORT = {"linen": [*TRANSFORMS], "convnet": ["int8", "everything"]}
-FULL = {case.name: [*TRANSFORMS] for case in ZOO if case.name != "linen"}
+SHORT = {"linen": ["prune", "int8 dynamic", "4 bits"], "convnet": ["int8", "everything"]}
+FULL = {case.name: [*TRANSFORMS] for case in ZOO}
 
 
 @pytest.mark.filterwarnings("ignore:jx.fold.batchnorm. nothing to fold")

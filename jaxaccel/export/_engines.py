@@ -216,7 +216,8 @@ def _openvino(tool: Any, content: bytes) -> Run:
     def run(arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
         request = vars(own).get("request") or compiled.create_infer_request()
         own.request = request
-        kept = {name: array for name, array in arrays.items() if name in read}
+        # Of a number, openvino wants to be able to write to it.
+        kept = {name: x if x.ndim else x.copy() for name, x in arrays.items() if name in read}
         return [*request.infer(kept, share_inputs=True).values()]
 
     return run

@@ -61,8 +61,8 @@ def save(
         *example: arguments of `fn`: pytrees (dicts, lists, tuples) of arrays, or of
             `jax.ShapeDtypeStruct`.
         batch_axes: which axis of each argument is the batch, as ``in_axes`` of `jax.vmap`. The
-            function is saved for every size of it, 1 included. None: for the sizes of the
-            example alone.
+            function is saved for every size of it, 1 included; an `fn` that compares it with a
+            number is told that they differ. None: for the sizes of the example alone.
         platforms: that it is to run on: "cpu", "cuda", "rocm", "tpu".
 
     Raises:

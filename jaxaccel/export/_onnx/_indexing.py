@@ -59,7 +59,7 @@ class Windows(NamedTuple):
     def picked(self) -> tuple[int, ...]:
         """The axes that are merged, of which one may have a size that is not known: the first."""
         apart = [a for a, size in enumerate(self.sizes) if size != self.window[a]]
-        apart = apart or list(self.indexed[:1])
+        apart = apart or [*self.indexed, *self.shared, 0][:1]
         return tuple(sorted(apart, key=lambda a: not is_symbolic([self.sizes[a]])))
 
     @property
@@ -125,9 +125,11 @@ def _computed(
 
 def _merged(w: Windows, batch: tuple[Any, ...], starts: Mapping[int, Array]) -> Array:
     shape, total = (*batch, *(w.window[a] for a in w.inner)), None
+    ones, last = [1] * len(batch), [1] * len(w.inner)
     plus = lambda x, y: _ops.operation("Add", jnp.add, x, y)
     for place, axis in enumerate(w.picked):
-        index = _ops.reshape(starts[axis], (*starts[axis].shape, *[1] * len(w.inner)))
+        start = starts.get(axis, _counted(1))
+        index = _ops.reshape(start, (*(start.shape if axis in starts else ones), *last))
         if axis in w.inner and w.window[axis] != 1:
             size, behind = w.window[axis], len(batch) + w.inner.index(axis)
             along = _ops.reshape(_counted(size), _alone(size, behind, len(shape)))

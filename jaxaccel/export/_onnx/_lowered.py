@@ -11,7 +11,7 @@ from jaxaccel._graph import Atom, Graph, Node, Value, graph_of, needed, run
 from jaxaccel.export._onnx import _elements, _grids, _indexing, _products, _windows
 from jaxaccel.export._onnx._converted import check_dtypes, check_supported
 from jaxaccel.export._onnx._loops import entered
-from jaxaccel.export._onnx._moved import plain
+from jaxaccel.export._onnx._moved import plain, shape_of
 from jaxaccel.export._onnx._ops import NAMED
 from jaxaccel.export._onnx._settled import CUSTOM
 from jaxaccel.export._onnx._simplified import simplified
@@ -42,6 +42,8 @@ def lowered(graph: Graph, avals: Sequence[Any]) -> Lowered:
 def _rule(node: Node, operands: list[Any]) -> Sequence[Any]:
     check_dtypes(node)
     if all(0 in out.shape for out in node.outputs):  # which ONNX's Reshape would misread
+        return [jnp.zeros(out.shape, out.aval.dtype) for out in node.outputs]
+    if node.name in ("dot_general", "reduce_sum") and any(0 in shape_of(x) for x in operands):
         return [jnp.zeros(out.shape, out.aval.dtype) for out in node.outputs]
     rule = _RULES.get(node.name)
     results = rule(node, operands) if rule else None

@@ -25,7 +25,7 @@ from jaxaccel.export._onnx._converted import check_installed, first_line, only_e
 from jaxaccel.export._onnx._int8 import OnGrids, as_written
 from jaxaccel.export._onnx._lowered import lowered
 from jaxaccel.export._onnx._settled import settled
-from jaxaccel.export._tree import Described, describe, implementations, raw, typed
+from jaxaccel.export._tree import describe, implementations, raw, typed
 from jaxaccel.fold import batchnorm
 
 OPSETS = range(17, 24)
@@ -62,7 +62,8 @@ def onnx(
             `jax.ShapeDtypeStruct`. The inputs of the file are named by their paths, ``args/0`` if
             the first is an array; the results ``result``, or by the paths below it.
         batch_axes: which axis of each argument is the batch, as ``in_axes`` of `jax.vmap`. The
-            file works for every size of it, 1 included. None: for the sizes of the example alone.
+            file works for every size of it, 1 included; an `fn` that compares it with a number is
+            told that they differ. None: for the sizes of the example alone.
         opset: the version of ONNX's operations, 17 to 23.
 
     Raises:
@@ -190,9 +191,6 @@ def _traced(call: Call) -> tuple[Trace, dict[str, Any]]:
     except Exception as error:
         if not any(is_symbolic(aval.shape) for aval in call.inputs.values()):
             raise
-        avals = symbolic(call.example, Described(None, [*call.inputs]), None)
-        # What is not about the batch size is raised here.
-        _trace(call._replace(inputs=dict(zip(call.inputs, avals, strict=True))), fn, params)
         raise ValueError(only_example(first_line(error))) from error
 
 
