@@ -60,11 +60,11 @@ def moved(params, x):
 
 
 def tokens(params, x):
-    """The mean of normalised tokens."""
+    """The mean of normalised tokens, and the first of them."""
     y = jnp.einsum("btd,dhk->bthk", x, params["a"])
     y = jnp.einsum("bthk,hko->bto", jnp.tanh(y), params["b"])
     y = (y - y.mean(-1, keepdims=True)) * params["s"] + params["t"]
-    return y.mean(1) @ params["c"]
+    return y.mean(1) @ params["c"] + y[:, 0] @ params["c"]
 
 
 def sums(params, x):

@@ -244,7 +244,7 @@ def reshape(node: Node, operands: list[Held]) -> Sequence[Held] | None:
     shape, before = node.outputs[0].shape, shape_of(operands[0])
     if is_symbolic(before) and prod(before) != prod(shape):  # which JAX leaves for later
         raise ValueError(only_example(f"{at(node.name, node.source)} makes {before} {shape}"))
-    order = node.params.get("dimensions")  # as of order="F"
+    order = node.params["dimensions"] if node.name == "reshape" else None  # as of order="F"
     return [reshaped(operands[0] if order is None else ordered(operands[0], order), shape)]
 
 
