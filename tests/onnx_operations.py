@@ -42,7 +42,7 @@ VECTORS = {
         x.reshape(-1, 6, 1).swapaxes(1, 2).reshape(-1, 6) @ w,
     ),
     "rounded": lambda w, x: [
-        f(jnp.concatenate([x, jnp.floor(x) + 0.5, 1e6 * x], 1)) for f in (lax.round, jnp.round)
+        f(y) for f in (lax.round, jnp.round) for y in (x, jnp.floor(x) + 0.5, 1e6 * x)
     ],
     "order": lambda w, x: (
         jax.vmap(lambda row: jnp.ravel(row.reshape(2, 3), order="F"))(x),

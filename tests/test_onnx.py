@@ -182,6 +182,14 @@ def test_single_operations(name):
     same_by(ENGINES, made, fn, weights, two(shape))
 
 
+def test_nothing_without_elements_is_written():
+    fn = lambda w, x: (jnp.pad(x @ w, ((0, 0), (1, 2)), mode="edge"), x[:, :0].reshape(0, 6))
+    made = model(fn, W, (normal(0, 4, 6),))
+    same_by(["onnxruntime"], made, fn, W, two((4, 6)))
+    padded = model(lambda w, x: fn(w, x)[0], W, (normal(0, 4, 6),))
+    assert all(0 not in tensor.dims for tensor in padded.graph.initializer)
+
+
 def test_negative_edges():
     """XLA:CPU reads past the image where one is negative, so it is cut before for it."""
     made = model(lambda k, x: conv(x, k, (1, 1), ((-1, 1), (0, -2))), K, (normal(0, 4, 8, 8, 3),))

@@ -36,7 +36,8 @@ READ = {
         lambda n: (normal(n, n, 6),),
     ),
     "of each": (
-        lambda w, x, i: x[jnp.arange(x.shape[0]), i], lambda n: (normal(n, n, 6), some(n, 9, n))
+        lambda w, x, i: (x[jnp.arange(x.shape[0]), i], x.T[i, jnp.arange(x.shape[0])]),
+        lambda n: (normal(n, n, 6), some(n, 9, n)),
     ),
     "last of a sequence": (
         lambda w, x, k: jax.vmap(lambda s, k: s[k - 1])(x, k),
