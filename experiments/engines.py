@@ -199,7 +199,7 @@ def plot(path: Path, records: list[dict[str, Any]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser("engines", __doc__, "engines")
     parser.add_argument("--networks", nargs="+", choices=CHAINS, default=list(CHAINS))
-    parser.add_argument("--rounds", type=common.positive, default=20)
+    parser.add_argument("--rounds", type=common.positive, default=15)
     args = parser.parse_args(argv)
     common.use_device(args.device, parser)
     benchmark_peers.engines(parser)

@@ -11,27 +11,19 @@ from jax import lax
 import jaxaccel as jx
 from jaxaccel.export._onnx import model
 from tests.onnx_operations import conv
+from tests.test_onnx import PARAMS, X, plain, random
 
-PARAMS = {"w": jnp.ones((3, 3))}
-X = jnp.ones((2, 3))
 Pair = namedtuple("Pair", "a b")
-plain = lambda params, x: x @ params["w"]
-
-
-def random(params, x):
-    return x + jax.random.normal(jax.random.key(0), x.shape)
-
-
 FIX = "leave it out of fn, or write it in terms of other operations"
 REFUSED = {
-    "of the batch": (r"random_bits \(tests/test_onnx_refused.py:\d+ \(random\)\): ONNX has no form "
-                     f"of it; {FIX}", random, PARAMS, X),
+    "of the batch": (rf"random_bits \(tests/test_onnx.py:\d+ \(random\)\): cannot be written for "
+                     f"ONNX; {FIX}", random, PARAMS, X),
     "of jax2onnx": (r"sort \(tests.*\): jax2onnx cannot write it: TypeError: lax.sort currently "
                     f"requires static axis length; {FIX}",
                     lambda params, x: lax.sort(x @ params["w"], dimension=0), PARAMS, X),
-    "too new": (rf"cumprod \(.*\): ONNX has no form of it; {FIX}",
+    "too new": (rf"cumprod \(.*\): cannot be written for ONNX; {FIX}",
                 lambda params, x: lax.cumprod(x @ params["w"]), PARAMS, X),
-    "in a loop": (rf"cumprod \(.*\): ONNX has no form of it; {FIX}",
+    "in a loop": (rf"cumprod \(.*\): cannot be written for ONNX; {FIX}",
                   lambda w, x: lax.fori_loop(0, 3, lambda i, x: lax.cumprod(x @ w), x), X.T @ X, X),
     "bfloat16": (r"convert_element_type \(.*\): is of bfloat16, which engines do not compute in "
                  "by ONNX; cast parameters and arguments to float32 or float16",

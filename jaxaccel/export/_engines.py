@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import jax
@@ -62,12 +62,11 @@ def compile(
     """
     if engine != "xla" and engine not in _STARTED:
         raise ValueError(f"engine={engine!r} must be one of 'xla', 'onnxruntime', 'openvino'")
-    given = describe(tuple(example), "args", custom=False)
-    avals = [Aval.of(x) for x in symbolic(example, given, batch_axes)]
-    arguments = _Arguments(jax.tree.structure(tuple(example)), given.names, avals)
     if engine == "xla":
+        given = describe(tuple(example), "args", custom=False)
+        inputs = dict(zip(given.names, symbolic(example, given, batch_axes), strict=True))
         jax.eval_shape(fn, params, *example)
-        return Compiled(engine, params, _xla(fn, params, arguments))
+        return Compiled(engine, params, _xla(fn, params, _Arguments.of(example, inputs)))
     _imported(engine)  # before the work that needs it
     call = checked(fn, params, example, batch_axes)
     made = written(call, opset)
@@ -76,6 +75,7 @@ def compile(
     except Exception as error:  # of the engine's own kinds
         raise RuntimeError(f"engine={engine!r} does not take what was written: {error}") from error
     results = [_aval_of(info) for info in made.graph.output]
+    arguments = _Arguments.of(example, call.inputs)
     return Compiled(engine, params, _foreign(engine, run, arguments, results, call.tree))
 
 
@@ -111,6 +111,11 @@ class _Arguments(NamedTuple):
     tree: Any
     names: list[str]
     avals: list[Aval]
+
+    @classmethod
+    def of(cls, example: tuple[Any, ...], inputs: Mapping[str, Any]) -> "_Arguments":
+        """From an example, and its leaves by their names as shapes."""
+        return cls(jax.tree.structure(example), [*inputs], list(map(Aval.of, inputs.values())))
 
     def leaves(self, args: tuple[Any, ...]) -> list[Any]:
         """Those of a call, random keys as their numbers; raises an error where they differ."""

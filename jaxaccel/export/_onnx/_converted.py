@@ -121,7 +121,7 @@ def check_supported(node: Node) -> None:
     """
     where = at(node.name, node.source)
     if node.name not in _primitives() or node.name in _TOO_NEW:
-        raise NotImplementedError(f"{where}: ONNX has no form of it; {_FIX}")
+        raise NotImplementedError(f"{where}: cannot be written for ONNX; {_FIX}")
 
 
 def check_dtypes(node: Node) -> None:

@@ -41,7 +41,8 @@ def lowered(graph: Graph, avals: Sequence[Any]) -> Lowered:
 
 def _rule(node: Node, operands: list[Any]) -> Sequence[Any]:
     check_dtypes(node)
-    if all(0 in out.shape for out in node.outputs):  # which ONNX's Reshape would misread
+    if node.outputs and all(0 in out.shape for out in node.outputs):
+        # ONNX's Reshape would misread them.
         return [jnp.zeros(out.shape, out.aval.dtype) for out in node.outputs]
     if node.name in ("dot_general", "reduce_sum") and any(0 in shape_of(x) for x in operands):
         return [jnp.zeros(out.shape, out.aval.dtype) for out in node.outputs]

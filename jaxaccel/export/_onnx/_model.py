@@ -68,7 +68,7 @@ def onnx(
 
     Raises:
         ImportError: jax2onnx or onnx is missing.
-        NotImplementedError: ONNX has no form of a primitive; the message names the line of it.
+        NotImplementedError: a primitive cannot be written; the message names the line of it.
         TypeError: a leaf is no array, has no numbers yet, or is of 64 bits; an argument or a
             result has another kind of node.
         ValueError: the axes do not fit the arguments, `fn` does not work for every batch size, its
