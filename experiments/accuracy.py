@@ -103,6 +103,16 @@ def claims(
     return found
 
 
+def words(claim: dict[str, Any]) -> str:
+    """One of `claims`, as a sentence."""
+    points = f"{claim['points']:+.2f} ± {claim['half_width']:.2f} points"
+    return f"{points}, {claim['said']}: {claim['claim']} ({claim['pair']})."
+
+
+def findings(results: dict[str, Any]) -> list[str]:
+    return list(map(words, results["claims"]))
+
+
 def tables(
     accuracies: dict[str, list[float]], found: list[dict[str, Any]], seeds: range, style: Any
 ) -> str:
@@ -193,7 +203,7 @@ def write(
     text = f"{head}\n\n{tables(accuracies, found, seeds, 'markdown')}\n"
     path.with_name(f"{path.name}.md").write_text(text)
     results = {"about": head, "seeds": list(seeds), "accuracies": accuracies, "claims": found}
-    common.write_json(path.with_name(f"{path.name}.json"), results)
+    common.write_json(path.with_name(f"{path.name}.json"), results, findings)
     plot(path.with_name(f"{path.name}.png"), accuracies, dataset)
 
 

@@ -182,6 +182,7 @@ def measured(
         "batch": case.batch,
         "rounds": rounds,
         "date": common.machine()["date"],
+        "machine": common.machine_line(),
         "targets": {kind: target for kind, target in targets.items() if target is not None},
         **work,
         "rows": rows,
@@ -200,7 +201,7 @@ class Runs:
         """The result of this key, made and written where it is not there."""
         if self.fresh or key not in self.runs:
             self.runs[key] = make()
-            common.write_json(self.path, {"runs": self.runs})
+            common.store(self.path, {"runs": self.runs})
         return self.runs[key]
 
 
@@ -259,6 +260,10 @@ def progress(cases: int) -> Iterator[Callable]:
         yield tick
 
 
+def findings(results: dict[str, Any]) -> list[str]:
+    return benchmark_report.words(results["cases"])
+
+
 def publish(folder: Path, records: list[dict], found: dict[str, Any], rounds: int) -> None:
     """Tables and plots."""
     named = ", ".join(f"{name} {number}" for name, number in versions().items())
@@ -269,7 +274,8 @@ def publish(folder: Path, records: list[dict], found: dict[str, Any], rounds: in
         f"Measured on {dates}."
     )
     page = partial(benchmark_report.page, records, found, head, note)
-    common.write(folder / "benchmark", page, {"limits": found, "cases": records})
+    results = {"limits": found, "cases": records}
+    common.write(folder / "benchmark", page, results, findings, common.machines(records))
     benchmark_report.plots(records, found, folder)
 
 

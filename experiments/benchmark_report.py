@@ -85,6 +85,38 @@ def said(met: dict[str, bool]) -> str:
     return f"no: {', '.join(missed)}" if missed else "yes"
 
 
+def words(records: list[Record]) -> list[str]:
+    """Over all cases: the speed against plain Flax and the peers, and the targets."""
+    found = [(r["case"], verdict(r, precision)) for r in records for precision in precisions(r)]
+    sentences = []
+    for kind, whom in (
+        ("plain", "plain Flax"),
+        ("peer", "the best peer"),
+        ("int8", "the best int8 peer (itself in float32)"),
+    ):
+        speeds = [times[1] for _, one in found if (times := one[f"{kind}_times"])]
+        if speeds:
+            sentences.append(
+                f"jaxaccel is {min(speeds):.2f} to {max(speeds):.2f} times as fast as {whom}: "
+                f"faster in {sum(speed > 1 for speed in speeds)} of {len(speeds)} cases."
+            )
+    low = [(case, one) for case, one in found if not all(one["met"].values())]
+    missed = [f"{case} ({target_words(one)})" for case, one in low]
+    asked = sum(bool(one["met"]) for _, one in found)
+    sentences.append(
+        f"Targets are met in {asked - len(missed)} of {asked} cases that have them"
+        f"{'; missed in ' if missed else ''}{', '.join(missed)}."
+    )
+    return sentences
+
+
+def target_words(found: dict[str, Any]) -> str:
+    """The targets that are missed."""
+    low = [kind for kind, met in found["met"].items() if not met]
+    times = {kind: (found[f"{kind}_times"] or [0, 0])[1] for kind in low}  # 0: not timed
+    return ", ".join(f"{kind}: {times[kind]:.2f} of {found['targets'][kind]:g}" for kind in low)
+
+
 def precisions(record: Record) -> list[str]:
     """Those that have a line of their own in the headline."""
     found = [r["precision"] for r in record["rows"] if r["family"] == "jaxaccel"]

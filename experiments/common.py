@@ -1,4 +1,8 @@
-"""What all experiments share: command line, the machine they ran on, how results are kept."""
+"""What all experiments share: command line, the machine they ran on, how results are kept.
+
+An experiment has ``findings(results) -> list[str]``: short sentences with figures, computed from
+its results alone. `publish`, `write` and `write_json` take both: all results have one format.
+"""
 
 import argparse
 import datetime
@@ -7,8 +11,9 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -24,6 +29,8 @@ from jaxaccel._graph import Graph
 from jaxaccel.measure import table
 
 NOT_MEASURED = "not measured"
+FORMAT = 1  # of the JSON of results, which `experiments.index` reads
+Findings = Callable[[dict[str, Any]], list[str]]
 # Of glibc: memory comes in pages of 2 MiB, not 4 KiB, of which each must be zeroed at first touch.
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
@@ -167,18 +174,59 @@ def machine() -> dict[str, Any]:
     }
 
 
-def machine_line() -> str:
+def machine_line(found: dict[str, Any] | None = None) -> str:
     """The same in one line, for tables and plots."""
-    m = machine()
+    m = found or machine()
     on = f"{m['device']}, {m['cores']} cores ({m['processor']})"
     return f"{on}, jax {m['jax']}, flax {m['flax']}, {m['date']}"
 
 
-def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Results beside the machine they were measured on; whole or not at all."""
-    text = json.dumps({"machine": machine(), **results}, indent=2) + "\n"
+def machines(records: Iterable[dict[str, Any]]) -> list[str]:
+    """The lines under "machine" of records that were kept, each once; without one, of this run."""
+    return list(dict.fromkeys(record.get("machine") or machine_line() for record in records))
+
+
+def write_json(
+    path: Path, results: dict[str, Any], findings: Findings, measured: Sequence[str] = ()
+) -> None:
+    """Results and what they say, in the one format of all experiments.
+
+    Args:
+        path: of the file.
+        results: whatever JSON holds.
+        findings: a function of the experiment's own module, which it names.
+        measured: the lines of the machines that measured, where earlier runs did (`machines`).
+    """
+    module = sys.modules[findings.__module__]
+    results = json.loads(json.dumps(results))  # as readers of the file have them
+    content = {
+        "format": FORMAT,
+        "experiment": module.__spec__.name if module.__spec__ else module.__name__,
+        "title": title(module.__doc__),
+        "command": f"python {shlex.join(sys.orig_argv[1:])}",
+        "measured": list(measured) or [machine_line()],
+        "machine": machine(),
+        "findings": [],
+        "results": results,
+    }
+    replace(path, content)  # a mistake in the words does not lose what was measured
+    replace(path, content | {"findings": findings(results)})
+
+
+def title(docstring: str | None) -> str:
+    """A module's first line."""
+    return (docstring or "").strip().partition("\n")[0]
+
+
+def store(path: Path, content: dict[str, Any]) -> None:
+    """What runs found so far, for those that go on from it: ``NAME-runs.json``, of no format."""
+    replace(path, {"machine": machine(), **content})
+
+
+def replace(path: Path, content: dict[str, Any]) -> None:
+    """Writes JSON whole or not at all."""
     partial = path.with_suffix(".partial")
-    partial.write_text(text)
+    partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(path)
 
 
@@ -187,11 +235,13 @@ def publish(
     columns: Sequence[str],
     lines: Sequence[Sequence[object]],
     results: dict[str, Any],
+    findings: Findings,
     head: str | None = None,
     note: str = "",
 ) -> None:
     """Prints a table; writes it to ``stem.md`` and the results to ``stem.json``."""
-    write(stem, lambda style: paragraphs(head, table(columns, lines, style), note), results)
+    page = lambda style: paragraphs(head, table(columns, lines, style), note)
+    write(stem, page, results, findings)
 
 
 def paragraphs(head: str | None, *parts: str) -> str:
@@ -199,8 +249,14 @@ def paragraphs(head: str | None, *parts: str) -> str:
     return "\n\n".join(filter(None, (head or machine_line(), *parts)))
 
 
-def write(stem: Path, page: Callable[[Any], str], results: dict[str, Any]) -> None:
-    """Prints a page as text; writes it as Markdown, and the results beside it."""
+def write(
+    stem: Path,
+    page: Callable[[Any], str],
+    results: dict[str, Any],
+    findings: Findings,
+    measured: Sequence[str] = (),
+) -> None:
+    """Prints a page as text; writes it as Markdown, and the results beside it (`write_json`)."""
     print(f"\n{page('text')}")
     stem.with_suffix(".md").write_text(page("markdown") + "\n")
-    write_json(stem.with_suffix(".json"), results)
+    write_json(stem.with_suffix(".json"), results, findings, measured)

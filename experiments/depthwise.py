@@ -160,6 +160,23 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
     figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.15)
 
 
+def findings(results: dict[str, Any]) -> list[str]:
+    said = []
+    for what in WORK:
+        own = [row for row in results["rows"] if row["what"] == what]
+        speed = [row["speedup"] for row in own]
+        over = [row["over_torch"] for row in own if row["over_torch"]]
+        text = (
+            f"{what.capitalize()}: the rules' form is {statistics.geometric_mean(speed):.1f} times "
+            f"as fast as XLA's own ({min(speed):.1f} to {max(speed):.1f})"
+        )
+        if over:
+            text += f", and takes {statistics.geometric_mean(over):.2f} of PyTorch's time"
+            text += f" ({min(over):.2f} to {max(over):.2f})"
+        said.append(f"{text}; geometric means over {len(own)} shapes.")
+    return said
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser("depthwise", __doc__, "depthwise")
     args = parser.parse_args(argv)
@@ -167,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = common.make_folder(args.out, parser)
     rows = [measured(shape, what) for shape in SHAPES for what in WORK]
     lines = [*map(line, rows), *means(rows)]
-    common.publish(folder / "depthwise", COLUMNS, lines, {"rows": rows})
+    common.publish(folder / "depthwise", COLUMNS, lines, {"rows": rows}, findings)
     plot(folder / "depthwise.png", rows)
 
 

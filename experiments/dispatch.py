@@ -235,6 +235,24 @@ def part_table(own: Rows, style: Any) -> str:
     return jx.measure.table(columns, lines, style)
 
 
+def findings(results: dict[str, Any]) -> list[str]:
+    """Of each part the settings that take the least and the most of the first one's time."""
+    said = []
+    for part, own in by("part", results["rows"]).items():
+        firsts = [rows[0] for rows in by("subject", own).values()]
+        others = [row for row in own if row not in firsts and row["ratio"]]
+        ends = sorted(others, key=lambda row: row["ratio"])
+        pair = " to ".join(map(ratio_words, ends[:1] + ends[1:][-1:]))
+        settings = ", ".join(by("setting", firsts))
+        said.append(f"{part.capitalize()}, time over that of {settings}: {pair or '0 others ran'}.")
+    return said
+
+
+def ratio_words(row: dict[str, Any]) -> str:
+    spread = "{:.2f}-{:.2f}".format(*row["quartiles"])
+    return f"{row['ratio']:.2f} ({spread}; {row['setting']}, {row['subject']})"
+
+
 def plot(path: Path, found: Rows) -> None:
     """For each part, bars of its settings, one colour for each subject."""
     parts = by("part", [row for row in found if row["ratio"]])
@@ -271,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.parts:
         print(f"{name} ...", flush=True)
         found += PARTS[name](args.seed, args.rounds)
-    common.write(folder / "dispatch", partial(page, found), {"rows": found})
+    common.write(folder / "dispatch", partial(page, found), {"rows": found}, findings)
     plot(folder / "dispatch.png", found)
 
 

@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -147,9 +147,17 @@ def times(row: dict[str, Any], base: Sequence[float]) -> np.ndarray:
     return np.percentile(np.divide(base, row["rounds_ms"]), (25, 50, 75))
 
 
-def verdicts(records: list[dict[str, Any]]) -> str:
+class Verdict(NamedTuple):
+    """Our int8 on an engine: times as fast as theirs and as float32 there, points from theirs."""
+
+    name: str
+    theirs: np.ndarray
+    float32: np.ndarray
+    points: float
+
+
+def verdicts(records: list[dict[str, Any]]) -> Iterator[Verdict]:
     """Our int8 against theirs, on the same engine."""
-    lines = []
     for found in records:
         rows = {(row["batch"], row["name"]): row for row in found["rows"]}
         for batch, name in rows:
@@ -157,15 +165,41 @@ def verdicts(records: list[dict[str, Any]]) -> str:
             if kind != "int8" or engine not in FOREIGN:
                 continue
             own, other = rows[batch, name], rows[batch, named(engine, THEIRS)]
-            low, middle, high = times(own, other["rounds_ms"])
-            whole = times(own, rows[batch, engine]["rounds_ms"])[1]
-            points = own["accuracy"] - other["accuracy"]
-            lines.append(
-                f"{found['network']}, batch {batch}, {name}: {middle:.2f} ({low:.2f}-{high:.2f}) "
-                f"times as fast as {THEIRS} there, {points:+.2f} points of accuracy; {whole:.2f} "
-                "times as fast as float32 there."
+            yield Verdict(
+                f"{found['network']}, batch {batch}, {name}",
+                times(own, other["rounds_ms"]),
+                times(own, rows[batch, engine]["rounds_ms"]),
+                own["accuracy"] - other["accuracy"],
             )
-    return "\n".join(lines)
+
+
+def words(found: Verdict) -> str:
+    low, middle, high = found.theirs
+    return (
+        f"{found.name}: {middle:.2f} ({low:.2f}-{high:.2f}) times as fast as {THEIRS} there, "
+        f"{found.points:+.2f} points of accuracy; {found.float32[1]:.2f} times as fast as float32 "
+        "there."
+    )
+
+
+def findings(results: dict[str, Any]) -> list[str]:
+    found = list(verdicts(results["networks"]))
+    points = [one.points for one in found]
+    said = []
+    for whom, median in (
+        (f"onnxruntime's {THEIRS}", lambda one: one.theirs[1]),
+        ("float32", lambda one: one.float32[1]),
+    ):
+        slower = [f"{one.name} ({median(one):.2f})" for one in found if median(one) < 1]
+        said.append(
+            f"Our int8 is {min(map(median, found)):.2f} to {max(map(median, found)):.2f} times as "
+            f"fast as {whom} on the same engine; slower in {len(slower)} of {len(found)}"
+            f"{': ' if slower else ''}{'; '.join(slower)}."
+        )
+    return [
+        *said,
+        f"Its accuracy is {min(points):+.2f} to {max(points):+.2f} points from {THEIRS}'s.",
+    ]
 
 
 def plot(path: Path, records: list[dict[str, Any]]) -> None:
@@ -211,8 +245,10 @@ def main(argv: list[str] | None = None) -> None:
         for row in found["rows"]:
             row["base"] = bases[row["batch"]]
     lines = [line(found["network"], row) for found in records for row in found["rows"]]
-    note, head = verdicts(records), f"{common.machine_line()}; {common.malloc()}"
-    common.publish(folder / "engines", COLUMNS, lines, {"networks": records}, head, note)
+    note = "\n".join(map(words, verdicts(records)))
+    head = f"{common.machine_line()}; {common.malloc()}"
+    results = {"networks": records}
+    common.publish(folder / "engines", COLUMNS, lines, results, findings, head, note)
     plot(folder / "engines.png", records)
 
 

@@ -81,6 +81,19 @@ def measured(name: str, module: nnx.Module, shape: tuple[int, ...], batch: int) 
     }
 
 
+def findings(results: dict[str, Any]) -> list[str]:
+    rows = results["rows"]
+    fewer = [1 - after / before for before, after in (row["kernels"] for row in rows)]
+    speeds = [row["speedup"] for row in rows]
+    spreads = [row["speedup_quartiles"] for row in rows]
+    same = sum(low <= 1 <= high for low, high in spreads)
+    return [
+        f"The compiled program has {min(fewer):.0%} to {max(fewer):.0%} fewer kernels.",
+        f"It is {min(speeds):.2f} to {max(speeds):.2f} times as fast: in {same} of {len(rows)} "
+        "cases the quartiles include 1, no gain.",
+    ]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser("fold", __doc__, "fold")
     args = parser.parse_args(argv)
@@ -101,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         for row in rows
     ]
-    common.publish(folder / "fold", COLUMNS, lines, {"rows": rows})
+    common.publish(folder / "fold", COLUMNS, lines, {"rows": rows}, findings)
 
 
 if __name__ == "__main__":

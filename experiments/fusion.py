@@ -125,6 +125,19 @@ def _held(row: dict[str, Any]) -> int:
     return len(row["apart"]["kernels"])
 
 
+def findings(results: dict[str, Any]) -> list[str]:
+    return [
+        "{}, against the same held apart: kernels {} for {}, MB moved {:.1f} for {:.1f}, {:.2f} "
+        "times as fast ({:.2f}-{:.2f}).".format(
+            row["program"],
+            *(len(row[key]["kernels"]) for key in ("fused", "apart")),
+            *(row[key]["bytes_moved"] / 1e6 for key in ("fused", "apart")),
+            *(row["speedup"], *row["speedup_quartiles"]),
+        )
+        for row in results["rows"]
+    ]
+
+
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.add_subplot()
@@ -163,9 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = common.make_folder(args.out, parser)
     rows = [measured(name, *program, args.rounds) for name, program in programs(args.seed).items()]
     results = {"batch": BATCH, "rounds": args.rounds, "rows": rows}
-    common.publish(
-        folder / "fusion", COLUMNS, [line(row) for row in rows], results, note=note(rows)
-    )
+    lines = [line(row) for row in rows]
+    common.publish(folder / "fusion", COLUMNS, lines, results, findings, note=note(rows))
     draw(folder / "fusion.png", rows)
 
 

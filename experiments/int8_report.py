@@ -78,6 +78,44 @@ def said(record: dict[str, Any]) -> str:
     )
 
 
+def words(records: list[dict[str, Any]]) -> list[str]:
+    """Over all cases and chains: the speed, the targets, and the peers."""
+    sentences = []
+    for what, found in (
+        (f"int8, times as fast as {FLOAT}", [r for r in records if "side" not in r]),
+        (f"Pruned and int8, times as fast as {PLAIN}", [r for r in records if "side" in r]),
+    ):
+        if found:
+            sentences.append(f"{what}: {', '.join(map(speed_words, found))}.")
+            peers = peer_words(found)
+            sentences += [f"{what.partition(',')[0]}, beside the peers: {peers}."] if peers else []
+    return sentences
+
+
+def speed_words(record: dict[str, Any]) -> str:
+    reference = record["rows"][0]["candidate"]
+    found = times(record, best(record), reference)
+    assert found is not None
+    met = "met" if found[1] >= record["target"] else "missed"
+    return f"{record['name']} {found[1]:.2f} (target {record['target']:g}, {met})"
+
+
+def peer_words(records: list[dict[str, Any]]) -> str:
+    speeds: dict[str, list[float]] = {}
+    for record in records:
+        for row in record["rows"]:
+            name = row["candidate"]
+            found = times(record, best(record), name)
+            if name not in (*OURS, FLOAT, PLAIN, "pruned") and found is not None:
+                speeds.setdefault(name, []).append(float(found[1]))
+    each = (
+        f"{min(own):.2f} to {max(own):.2f} times as fast as {name}, faster in "
+        f"{sum(speed > 1 for speed in own)} of {len(own)}"
+        for name, own in speeds.items()
+    )
+    return "; ".join(each)
+
+
 def plot(path: Path, records: list[dict[str, Any]]) -> None:
     """A panel for each record, a bar for each candidate."""
     columns = 3

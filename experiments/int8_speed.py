@@ -34,7 +34,7 @@ import numpy as np
 from flax import nnx
 
 import jaxaccel as jx
-from experiments import benchmark, benchmark_jax, benchmark_peers, common
+from experiments import benchmark, benchmark_jax, benchmark_peers, common, int8_report
 from experiments.benchmark_networks import CASES, Problem, problem
 from experiments.benchmark_peers import Kit
 from experiments.benchmark_timing import Engine, interleaved
@@ -174,6 +174,10 @@ def accuracies(chain: Chain, kit: Kit, folder: Path, small: Problem) -> dict[str
     return found
 
 
+def findings(results: dict[str, Any]) -> list[str]:
+    return int8_report.words(results["cases"])
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser("int8_speed", __doc__, "int8_speed")
     names = {"choices": INFERENCE, "default": INFERENCE, "metavar": "CASE"}
@@ -193,10 +197,13 @@ def main(argv: list[str] | None = None) -> None:
         for name, record in jobs:
             folder = common.make_folder(Path(temporary) / name, parser)
             make = partial(record, name, kit, folder, args.rounds, args.seed, tick)
-            records.append(runs.kept(benchmark.key(name, args.rounds, args.seed), make))
+            on = lambda make=make: {"machine": common.machine_line(), **make()}
+            records.append(runs.kept(benchmark.key(name, args.rounds, args.seed), on))
             tick(name, 1)
     head = f"{common.machine_line()}; {common.malloc()}"
-    common.write(out / "int8_speed", partial(page, records, head), {"cases": records})
+    shown = partial(page, records, head)
+    measured = common.machines(records)
+    common.write(out / "int8_speed", shown, {"cases": records}, findings, measured)
     plot(out / "int8_speed.png", records)
 
 

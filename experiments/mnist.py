@@ -205,6 +205,10 @@ def measured(job: Job, found: list[Network], shape: tuple[int, ...]) -> list[dic
     return rows
 
 
+def findings(results: dict[str, Any]) -> list[str]:
+    return report.verdicts(results["networks"])[1:]  # the first is the baseline
+
+
 def run(args: Namespace, parser: common.Parser) -> None:
     start = time.perf_counter()
     splits = load(args.dataset, args.data_dir, parser)
@@ -222,7 +226,7 @@ def run(args: Namespace, parser: common.Parser) -> None:
         "seconds": round(seconds, 1),
         "shapes": report.shapes(found[2].params, found[3].params),
     }
-    report.write(folder, rows, samples, facts)
+    report.write(folder, rows, samples, facts, findings)
     print(f"\n{report.table(rows)}\n\n{report.shape_table(facts)}\n")
     print("\n".join(report.verdicts(rows)))
     print(f"\n{seconds:.0f} s; open {folder / 'report.html'}")

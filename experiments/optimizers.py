@@ -12,6 +12,8 @@ without augmentation: up to 0.4 for SGD and Adagrad and 0.02 for Adam, where acc
 
 import itertools
 import time
+from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,36 @@ def line(found: dict[str, Any]) -> tuple:
     )
 
 
+def findings(results: dict[str, Any]) -> list[str]:
+    rows = results["rows"]
+    cells: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["width"], row["depth"], row["augmented"]), []).append(row)
+    ranked = [sorted(cell, key=lambda row: -row["accuracy"]) for cell in cells.values()]
+    told = sum(
+        first["accuracy"] - first["half_width"] > second["accuracy"] + second["half_width"]
+        for first, second, *_ in ranked
+    )
+    best = max(rows, key=lambda row: row["accuracy"])
+    means = {(row["optimizer"], row["width"], row["depth"], row["augmented"]): row["accuracy"]
+             for row in rows}  # fmt: skip
+    gains = [means[(*cell, True)] - means[(*cell, False)] for *cell, turned in means if turned]
+    return [
+        f"The highest mean in {len(cells)} cells of width, depth and augmentation: "
+        f"{counted(cell[0] for cell in ranked)}; the interval of the next is apart in {told}. The "
+        f"lowest: {counted(cell[-1] for cell in ranked)}.",
+        f"The best: {best['optimizer']}, width {best['width']}, depth {best['depth']}, "
+        f"{best['accuracy']:.2f} ± {best['half_width']:.2f}%.",
+        f"Augmentation changes the mean by {min(gains):+.2f} to {max(gains):+.2f} points; it is "
+        f"higher in {sum(gain > 0 for gain in gains)} of {len(gains)} pairs.",
+    ]
+
+
+def counted(rows: Iterable[dict[str, Any]]) -> str:
+    found = Counter(row["optimizer"] for row in rows).most_common()
+    return ", ".join(f"{name} in {count}" for name, count in found)
+
+
 def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     figure = Figure(figsize=(9, 4))
     axes = figure.subplots(1, 2, sharey=True)
@@ -142,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     lines = [line(found) for found in rows]
     results = {"about": head, "rows": rows}
-    common.publish(folder / "optimizers", COLUMNS, lines, results, head)
+    common.publish(folder / "optimizers", COLUMNS, lines, results, findings, head)
     plot(
         folder / "optimizers.png",
         rows,

@@ -96,6 +96,17 @@ def lines(every: list[Row], total: float, top: int) -> Iterator[tuple]:
         )
 
 
+def findings(results: dict[str, Any]) -> list[str]:
+    total, every = results["ms"], results["kernels"]
+    longest = "; ".join(f"{row['ops']} {row['ms'] / total:.0%}" for row in every[:3])
+    sums = summed(every, "all")
+    return [
+        f"A call takes {total:.2f} ms under the profiler; {sums['kernels']:,} kernels move "
+        f"{sums['bytes'] / 1e6:,.0f} MB.",
+        f"What takes longest, as shares of the call: {longest}.",
+    ]
+
+
 def plot(path: Path, every: list[Row], total: float, top: int, title: str) -> None:
     shown = every[:top]
     figure = Figure(figsize=(9, 0.3 * len(shown) + 1.2), layout="constrained")
@@ -136,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     shown = list(lines(every, total, args.top))
     results = {"ms": total, "elsewhere_ms": elsewhere, "kernels": every}
-    common.publish(stem, COLUMNS, shown, results, title, note)
+    common.publish(stem, COLUMNS, shown, results, findings, title, note)
     plot(stem.with_suffix(".png"), every, total, args.top, title)
 
 

@@ -255,9 +255,10 @@ def records(args: Namespace, splits: jx.data.Splits) -> dict[str, list[dict[str,
             wanted = {"network": name, "seed": seed, "settings": settings}
             run = next((run for run in stored if run.items() >= wanted.items()), None)
             if run is None:
-                run = wanted | Trial(name, seed, splits, epochs).record()
+                made = Trial(name, seed, splits, epochs).record()
+                run = {**wanted, "machine": common.machine_line(), **made}
                 stored.append(run)
-                common.write_json(path, {"runs": stored})
+                common.store(path, {"runs": stored})
             shown = ", ".join(f"{n} {value:.2f}" for n, value in run["accuracies"].items())
             print(f"{name}, seed {seed}, {run['seconds']:.0f} s: {shown}", flush=True)
             found[name].append(run)
@@ -304,6 +305,19 @@ def words(runs: list[dict[str, Any]]) -> str:
             "for it."
         )
     return text
+
+
+def findings(results: dict[str, Any]) -> list[str]:
+    """The costs in accuracy of each network, and what time its pruned form takes."""
+    said = []
+    for name, (cost, *others) in results["claims"].items():
+        met = "met" if cost["points"] >= -TARGET else "missed"
+        said.append(f"{name}: {accuracy.words(cost)} Target, {-TARGET} on average: {met}.")
+        said += [f"{name}: {accuracy.words(claim)}" for claim in others]
+        sizes = [(f"batch {row[1]}", row[4]) for row in results["latency"] if row[0] == name]
+        times = ", ".join(f"{ratio:.2f} ({size})" for size, ratio in sizes)
+        said.append(f"{name}: pruned it takes {times} of the time.")
+    return said
 
 
 def points(claim: dict[str, Any]) -> str:
@@ -366,7 +380,8 @@ def write(stem: Path, head: str, found: dict[str, list[dict[str, Any]]]) -> None
     times = [row for name in found for row in latency(name)]
     said = {name: accuracy.claims(by_variant(runs), CLAIMS) for name, runs in found.items()}
     results = {"about": head, "claims": said, "latency": times, "runs": found}
-    common.write(stem, partial(page, found, times, head), results)
+    measured = common.machines(run for runs in found.values() for run in runs)
+    common.write(stem, partial(page, found, times, head), results, findings, measured)
     plot(stem.with_suffix(".png"), found)
 
 

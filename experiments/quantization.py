@@ -96,7 +96,7 @@ def records(args: Namespace, splits: jx.data.Splits) -> list[dict[str, Any]]:
             found += [run] if run["rows"] and not later else []
             continue
         for _ in chain(rows(trial, run, args.again, later), facts(trial, run, args.again, later)):
-            common.write_json(path, {"runs": stored})
+            common.store(path, {"runs": stored})
         found += [] if later else [run]
     return found
 
@@ -133,6 +133,10 @@ def facts(trial: Trial, run: dict[str, Any], again: list[str], later: bool) -> I
         yield
 
 
+def findings(results: dict[str, Any]) -> list[str]:
+    return report.words(results)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser("quantization", __doc__, "quantization")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
@@ -153,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         f"cluttered digits at 28x28, {len(splits.train):,} training and {len(splits.test):,} test "
         f"images; calibration on {BATCHES} batches of {SIZE} training images"
     )
-    report.write(args.out / "quantization", found, about)
+    report.write(args.out / "quantization", found, about, findings)
 
 
 if __name__ == "__main__":

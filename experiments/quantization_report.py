@@ -41,7 +41,7 @@ CLAIMS = (
 )
 
 
-def write(stem: Path, runs: Runs, about: str) -> None:
+def write(stem: Path, runs: Runs, about: str, findings: common.Findings) -> None:
     """Print the tables; write them beside their figures and the pictures."""
     names = dict.fromkeys(run["network"] for run in runs)
     found = {name: [run for run in runs if run["network"] == name] for name in names}
@@ -52,14 +52,32 @@ def write(stem: Path, runs: Runs, about: str) -> None:
         "claims": {name: claims(each) for name, each in found.items()},
         "runs": found,
     }
-    common.write(stem, partial(page, found, head), results)
+    common.write(stem, partial(page, found, head), results, findings, measured(runs))
     plot(stem.with_suffix(".png"), found)
     plot_layers(stem.with_name(f"{stem.name}-layers.png"), found)
 
 
 def machines(found: dict[str, Runs]) -> str:
     """Those that the networks were trained on."""
-    return "; ".join({run["machine"]: None for runs in found.values() for run in runs})
+    return "; ".join(common.machines(run for runs in found.values() for run in runs))
+
+
+def measured(runs: Runs) -> list[str]:
+    """Those, and the ones that the layers were looked at on."""
+    return common.machines([*runs, *(run["sensitivity"] for run in runs if "sensitivity" in run)])
+
+
+def words(results: dict[str, Any]) -> list[str]:
+    """Of each network the targets, and int8 against the peers."""
+    said = []
+    shown = lambda one: f"{signed(one['points'], one['half_width'])} points"
+    for name, every in results["targets"].items():
+        met = (f"{t['row']} {shown(t)} (target {t['target']:+.1f}: {t['said']})" for t in every)
+        said += [f"{name}, from float32: {'; '.join(met)}."] if every else []
+    for name, every in results["claims"].items():
+        peers = [c for c in every if c["claim"].startswith("int8 over")]
+        said += [f"{name}: {c['claim']}, {shown(c)}: {c['said']}." for c in peers]
+    return said
 
 
 def rows(runs: Runs) -> list[str]:

@@ -120,9 +120,11 @@ def _speed(base: dict[str, Any], row: dict[str, Any], size: int) -> str:
     return f"{ratio:.1f}x slower {where}"
 
 
-def write(folder: Path, rows: Rows, shown: Samples, facts: dict[str, Any]) -> None:
+def write(
+    folder: Path, rows: Rows, shown: Samples, facts: dict[str, Any], findings: common.Findings
+) -> None:
     """Every file of the report."""
-    common.write_json(folder / "results.json", {**facts, "networks": rows})
+    common.write_json(folder / "results.json", {**facts, "networks": rows}, findings)
     figures = {
         "tradeoff.png": _tradeoff(rows, facts),
         "training.png": _training(rows),

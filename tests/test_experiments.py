@@ -43,7 +43,8 @@ def test_main_job_writes_its_report(tmp_path):
         "tradeoff.png",
         "training.png",
     }
-    results = json.loads((out / "results.json").read_text())
+    written = json.loads((out / "results.json").read_text())
+    results = written["results"]
     rows = {row["name"]: row for row in results["networks"]}
     assert list(rows) == ["teacher", "student", "distilled", "pruned", "int8"]
     assert rows["teacher"]["macs"] >= 3 * rows["distilled"]["macs"]
@@ -54,7 +55,7 @@ def test_main_job_writes_its_report(tmp_path):
     html = (out / "report.html").read_text()
     assert html.count("data:image/png;base64,") == 3
     assert not re.search(r'(src|href)="(?!data:)', html)  # nothing lies outside the file
-    assert results["machine"]["jax"] in html
+    assert written["machine"]["jax"] in html
 
 
 @pytest.mark.parametrize("side", [28, pytest.param(56, marks=pytest.mark.full)])
@@ -236,7 +237,7 @@ def test_dispatch_writes_its_tables(tmp_path, monkeypatch):
     )
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"dispatch.md", "dispatch.json", "dispatch.png"}
-    rows = json.loads((tmp_path / "dispatch.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "dispatch.json").read_text())["results"]["rows"]
     settings = ["NHWC", "NHWC, arguments as XLA asks", "NCHW", "NCHW, arguments as XLA asks"]
     assert [row["setting"] for row in rows] == 2 * settings
     assert all(row["ms"] > 0 for row in rows)
@@ -278,7 +279,7 @@ def test_the_survey_of_forms_compares_equal_things(tmp_path, monkeypatch):
     monkeypatch.setattr(forms, "CALLS", calls)
     forms.main(["--device", "cpu", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"forms.md", "forms.json", "forms.png"}
-    rows = json.loads((tmp_path / "forms.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "forms.json").read_text())["results"]["rows"]
     assert len(rows) == 5  # a convolution and its two gradients, the pooling and its own
     assert not any(row["dropped"] for row in rows)
     assert set(rows[0]["refused"]) == {"NCHW", "space to depth", "padded before"}

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.full
 
 def test_main_job_ends_where_the_readme_says(tmp_path):
     mnist.main(["--out", str(tmp_path), "--device", "cpu"])
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
     rows = {row["name"]: row for row in results["networks"]}
     assert rows["teacher"]["accuracy"] > 0.975
     assert rows["int8"]["accuracy"] > 0.96
@@ -39,7 +39,7 @@ def test_main_job_on_idx_files(tmp_path):
         idx(f"{part}-labels-idx1-ubyte", split.label[index].astype(np.uint8))
     arguments = ["--dataset", "mnist", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]
     mnist.main([*arguments, "--epochs", "1", "--device", "cpu"])
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert results["sizes"].startswith("1,000 train, 5,000 validation, 358 test")
 
 

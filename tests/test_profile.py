@@ -62,7 +62,7 @@ def test_a_real_trace(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         f"{stem}.{s}" for s in ("md", "json", "png")
     }
-    found = json.loads((tmp_path / f"{stem}.json").read_text())
+    found = json.loads((tmp_path / f"{stem}.json").read_text())["results"]
     slow = [row["ms"] for row in found["kernels"] if row["bytes"] > 1e6]
     assert slow
     assert all(ms > 0 for ms in slow)

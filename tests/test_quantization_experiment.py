@@ -68,7 +68,8 @@ def test_a_training_is_kept_and_its_rows_are_not_made_twice(trial, tmp_path, mon
     quantization.main(options)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
     assert len(kept) == 3  # float32, its longer training and QAT
-    found = json.loads((tmp_path / "quantization.json").read_text())["runs"]["dense"]
+    written = json.loads((tmp_path / "quantization.json").read_text())
+    found = written["results"]["runs"]["dense"]
     assert all(run["rows"]["int8"]["decibels"] > 20 for run in found)
     monkeypatch.setattr(quantization, "logits", None)  # nothing is computed again
     quantization.main(options)
