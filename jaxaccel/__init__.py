@@ -5,8 +5,8 @@ itself imports neither flax nor optax.
 
 >>> import jaxaccel as jx
 >>> sorted(name for name in dir(jx) if not name.startswith("_"))
-['Accelerator', 'augment', 'autotune', 'check_rule', 'data', 'distill', 'export', 'fold',
- 'functional', 'groups', 'measure', 'nn', 'prune', 'quantize', 'register_rule']
+['Accelerator', 'Recipe', 'augment', 'autotune', 'check_rule', 'compress', 'data', 'distill',
+ 'export', 'fold', 'functional', 'groups', 'measure', 'nn', 'prune', 'quantize', 'register_rule']
 """
 
 from importlib import import_module
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from jaxaccel import quantize as quantize
     from jaxaccel._autotune import autotune as autotune
     from jaxaccel._check_rule import check_rule as check_rule
+    from jaxaccel._compress import Recipe as Recipe
+    from jaxaccel._compress import compress as compress
     from jaxaccel._functional import functional as functional
     from jaxaccel._groups import groups as groups
     from jaxaccel._rules import register_rule as register_rule
@@ -34,8 +36,10 @@ __version__ = "0.1.0"
 _MODULES = ("augment", "data", "distill", "export", "fold", "measure", "nn", "prune", "quantize")
 _NAMES = {
     "Accelerator": "train",
+    "Recipe": "_compress",
     "autotune": "_autotune",
     "check_rule": "_check_rule",
+    "compress": "_compress",
     "functional": "_functional",
     "groups": "_groups",
     "register_rule": "_rules",

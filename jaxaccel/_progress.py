@@ -10,8 +10,11 @@ T = TypeVar("T")
 
 
 @contextmanager
-def bar(show: bool, name: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """A function to call after each step; the bar appears once it has taken a second."""
+def bar(show: bool, name: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """A function to call after each step; the bar appears once it has taken a second.
+
+    It may be given a new name, of what comes next.
+    """
     from rich.console import Console  # here alone: who loads a function needs no bars
     from rich.progress import Progress
 
@@ -19,8 +22,8 @@ def bar(show: bool, name: str, total: int | None) -> Iterator[Callable[[], None]
     task, start = progress.add_task(name, total=total), time.monotonic()
     visible = show and progress.console.is_terminal
 
-    def tick() -> None:
-        progress.advance(task)
+    def tick(name: str | None = None) -> None:
+        progress.update(task, advance=1, description=name)
         if visible and time.monotonic() - start > 1:
             progress.start()
             progress.refresh()

@@ -32,7 +32,7 @@ LAYERS = [
     "_shrink",
     *("_table", "_forms", "_tuned", "_timing", "_choices", "_forms_report", "_autotune"),
     *("_groups", "_check_rule", "fold", "_select", "_functional", "measure", "quantize", "prune"),
-    *("export", "_commands", "__main__"),
+    *("export", "_compress", "_commands", "__main__"),
 ]
 
 

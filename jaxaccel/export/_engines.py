@@ -67,7 +67,7 @@ def compile(
         inputs = dict(zip(given.names, symbolic(example, given, batch_axes), strict=True))
         jax.eval_shape(fn, params, *example)
         return Compiled(engine, params, _xla(fn, params, _Arguments.of(example, inputs)))
-    _imported(engine)  # before the work that needs it
+    imported(engine)  # before the work that needs it
     call = checked(fn, params, example, batch_axes)
     made = written(call, opset)
     try:
@@ -174,10 +174,10 @@ def _aval_of(info: Any) -> Aval:
 
 def started(engine: str, content: bytes) -> Run:
     """A model of ONNX on an engine, from arrays by their names to a list of them."""
-    return _STARTED[engine](_imported(engine), content)
+    return _STARTED[engine](imported(engine), content)
 
 
-def _imported(engine: str) -> Any:
+def imported(engine: str) -> Any:
     modules, reports = cast(dict[str, Any], sys.modules), "openvino_telemetry"
     known = reports in modules
     # openvino would report its use, by a process that it forks.

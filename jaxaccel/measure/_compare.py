@@ -214,7 +214,8 @@ def _params(value: Any) -> Any:
 def _compiled_call(value: Any, args: tuple[Any, ...]) -> Callable[[], Any]:
     if not isinstance(value, tuple):
         return value.bind(*args)
-    compiled, params = jax.jit(value[0]), jax.device_put(value[1])
+    fn, params = value[0], jax.device_put(value[1])
+    compiled = fn if isinstance(fn, jax.stages.Wrapped) else jax.jit(fn)  # once, if it is already
     return lambda: compiled(params, *args)
 
 

@@ -82,7 +82,7 @@ def plan(
     resource, most = _asked(ratio, budget)
     _check(ratio, scope, round_to)
     _check_values(params)
-    maker = _Maker(fn, params, example)
+    maker = Maker(fn, params, example)
     chosen = shares(maker.groups, where)
     scores = scored(maker.groups, params, criterion)
     choose = lambda ratio: lowest(scores, chosen, ratio, scope, round_to or 1)
@@ -169,7 +169,7 @@ def _check_values(params: PyTree) -> None:
             raise ValueError(f"{path}: has NaN or infinite values; a plan needs finite ones")
 
 
-class _Maker:
+class Maker:
     """The labels of a function, from which plans are made."""
 
     def __init__(self, fn: Callable, params: PyTree, example: tuple[Any, ...]) -> None:
@@ -221,7 +221,7 @@ def _kept(gone: Iterable[tuple[_groups.Group, np.ndarray]], shapes: Shapes) -> K
 
 
 def _within(
-    maker: _Maker, choose: Callable[[float], Removed], resource: Resource, most: float
+    maker: Maker, choose: Callable[[float], Removed], resource: Resource, most: float
 ) -> Plan:
     """The plan of the smallest ratio that leaves at most a share of the resource."""
     low, high, best, least = 0.0, 1.0, None, 1.0
@@ -242,7 +242,7 @@ def _within(
     return maker.plan(best)
 
 
-def _left(maker: _Maker, removed: Removed, resource: Resource) -> float:
+def _left(maker: Maker, removed: Removed, resource: Resource) -> float:
     """The share of the resource that is left."""
     if resource == "latency":
         return _measured(maker, maker.plan(removed))
@@ -251,7 +251,7 @@ def _left(maker: _Maker, removed: Removed, resource: Resource) -> float:
     return after[place] / max(maker.counter.before[place], 1)
 
 
-def _measured(maker: _Maker, made: Plan) -> float:
+def _measured(maker: Maker, made: Plan) -> float:
     from jaxaccel.measure import compare
 
     candidates = {

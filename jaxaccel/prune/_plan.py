@@ -158,7 +158,7 @@ class Plan:
         def rewritten(*args: Any, **static: Any) -> Any:
             return call(partial(fn, **static), self.shapes, self.kept, numbers, args)
 
-        steps = with_step(fn, "prune", plan=_saved.content(self._fields()))
+        steps = with_step(fn, "prune", plan=self.to_dict())
         setattr(rewritten, "recipe", steps)  # noqa: B010
         train = getattr(fn, "train", None)
         if train is not None:
@@ -200,7 +200,19 @@ class Plan:
         Raises:
             ValueError: the file is no plan, of another version, or damaged.
         """
-        fields = _saved.read(Path(path))
+        return Plan._of(_saved.read(Path(path)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `save` writes, as plain dicts, lists, strings and numbers."""
+        return _saved.content(self._fields())
+
+    @staticmethod
+    def from_dict(content: Any, where: str = "plan") -> "Plan":
+        """The plan that `to_dict` gave; errors are as of `load`, and say `where` it stood."""
+        return Plan._of(_saved.checked(content, where))
+
+    @staticmethod
+    def _of(fields: dict[str, Any]) -> "Plan":
         return Plan(
             fields["shapes"],
             fields["kept"],

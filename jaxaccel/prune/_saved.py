@@ -43,6 +43,11 @@ def read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a saved plan: {error}") from None
+    return checked(found, path)
+
+
+def checked(found: Any, path: str | Path) -> dict[str, Any]:
+    """The fields of what `content` gave, read from somewhere; raises as `read`."""
     if not isinstance(found, dict) or found.get("format") != _FORMAT:
         raise ValueError(f"{path}: not a saved plan: it has no format {_FORMAT!r}")
     if found.get("version") != _VERSION:

@@ -57,16 +57,16 @@ def sensitivity(
         raise ValueError("where: is not for sensitivity or mixed, which try each layer")
     check_params(fn, params)
     fn, params = folded(fn, params, first(batches))
-    original = _score(evaluate, fn, params)
+    original = score_of(evaluate, fn, params)
     found = []
     for path in kernels(fn, params, batches, options.get("activations", "static")):
         one = int8(fn, params, batches, where=lambda p, leaf, path=path: p == path, **options)
-        score = _score(evaluate, *one)
+        score = score_of(evaluate, *one)
         found.append(Cost(path, score, original - score))
     return Sensitivity(original, tuple(sorted(found, key=lambda row: -row.drop)))
 
 
-def _score(evaluate: Evaluate, fn: Callable, params: PyTree) -> float:
+def score_of(evaluate: Evaluate, fn: Callable, params: PyTree) -> float:
     score = float(evaluate(fn, params))
     if isnan(score):
         raise ValueError(f"evaluate: gave NaN for {fn!r}; give a number, higher where it is better")
@@ -121,7 +121,7 @@ def mixed(
             fn, params, batches, where=lambda p, leaf: p in order and p not in left, **options
         )
 
-    fits = lambda one: found.original - _score(evaluate, *one) <= max_drop
+    fits = lambda one: found.original - score_of(evaluate, *one) <= max_drop
     best = without(0)
     if fits(best):
         return best
