@@ -165,6 +165,23 @@ def test_training_stands_between_the_rounds_and_in_the_recipe():
         report.recipe.apply(net, params, [X])
 
 
+def test_after_a_miss_it_goes_half_as_far_and_not_the_same_way_again():
+    """A network that may lose a fifth of its MACs and no more, whatever is trained."""
+    params, tried = parameters(), []
+
+    def evaluate(fn: Callable, params: Any) -> float:
+        tried.append(tuple(leaf.shape for leaf in jax.tree.leaves(params)))
+        return 0.0 if sum(map(np.prod, tried[-1])) > 0.8 * 760 else -1.0
+
+    options = {"target": "flops", "keep": 0.7, "finetune": lambda fn, params, teacher: params}
+    report = compressed(params, evaluate, max_drop=0.5, **options).report
+    (over,) = report.left_out
+    assert over.endswith("fine-tuned: over the budget, a drop of 1")
+    names = {one.name.partition(",")[0] for one in report.candidates}
+    assert len(names) == 2
+    assert len({*tried}) == 3
+
+
 def test_training_keeps_the_mode_and_the_statistics_of_a_flax_model():
     model = jx.nn.ConvNet(
         input_shape=(12, 12, 1),
@@ -239,7 +256,7 @@ def test_what_an_engine_cannot_do_is_said():
     report = jx.compress(fn, params, [x], lambda fn, params: 0.0, max_drop=0, progress=False,
                          engines=("xla", "onnxruntime")).report  # fmt: skip
     assert any("original, float, on onnxruntime: " in one for one in report.left_out)
-    assert "not tried: removing channels: no group of them can go" in str(report)
+    assert "left out: removing channels: no group of them can go" in str(report)
 
 
 def spoilt(params: Any) -> Any:

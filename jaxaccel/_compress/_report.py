@@ -68,7 +68,7 @@ class Report:
         candidates: in the order in which they were tried.
         chosen: which of them was returned.
         sensitivity: what removing channels of one group alone does to the outputs.
-        left_out: what could not be tried, and why.
+        left_out: what could not be tried, and networks over the budget, with their drop.
         device, jax_version, date, seconds: where, with what, when, and how long it took.
         interrupted: whether it was stopped before its end.
     """
@@ -110,7 +110,7 @@ class Report:
         return self.text()
 
     def text(self) -> str:
-        """Returns the table, what was chosen and what could not be tried, for a terminal."""
+        """Returns the table, what was chosen and what was left out, for a terminal."""
         return self._page("text")
 
     def markdown(self) -> str:
@@ -176,7 +176,7 @@ class Report:
         )
 
     def _left(self) -> str:
-        return "\n".join(f"not tried: {one}" for one in self.left_out)
+        return "\n".join(f"left out: {one}" for one in self.left_out)
 
 
 _NUMBERS = ("name", "engine", "score", "drop", "macs", "parameters", "bytes", "ms", "ratio", "low",

@@ -160,32 +160,36 @@ class Search:
 
     def _trained(self, network: Network, ladder: Ladder) -> Iterator[Network]:
         """Round after round of removing and fine-tuning; after a miss, once half as far."""
-        share, missed = self._asked.keep, False
-        while True:
-            found = self._smaller(network, ladder, network.left * share)
-            if found is None:
-                return
+        share, missed = self._asked.keep, 0
+        while depth := self._depth(ladder, network.left * share, missed):
+            found = self._smaller(network, ladder, depth)
             if self._fits(found.score):
                 yield found
                 network, ladder = found, self._ladder(found.pair)
             if missed:
                 return
             if not self._fits(found.score):
-                share, missed = share**0.5, True
+                self._over(found.name, found.score)
+                share, missed = share**0.5, depth
 
-    def _smaller(self, network: Network, ladder: Ladder, left: float) -> Network | None:
-        """With this share of the resource, fine-tuned."""
+    def _depth(self, ladder: Ladder, left: float, missed: int) -> int:
+        """The first step down to this share, of those before one that missed; 0: there is none."""
         most = left * self._whole()
-        depth = next((k for k, cost in enumerate(ladder.costs) if cost <= most), None)
-        if depth is None or left < _LEAST:
-            return None
+        found = next((k for k, cost in enumerate(ladder.costs) if cost <= most), 0)
+        return 0 if left < _LEAST else min(found, missed - 1) if missed else found
+
+    def _over(self, name: str, score: float) -> None:
+        drop = self._original.score - score
+        self._left_out.append(f"{name}: over the budget, a drop of {drop:.4g}")
+
+    def _smaller(self, network: Network, ladder: Ladder, depth: int) -> Network:
+        """After so many steps down, fine-tuned."""
         plan = ladder.plan(depth)
         step = {"transform": "prune", "plan": plan.to_dict()}
-        name = self._name(plan)
-        self._tick(f"compress: fine-tuning {name}{self._so_far()}")
+        name = f"{self._name(plan)}, fine-tuned"
+        self._tick(f"compress: {name}{self._so_far()}")
         pair = done(network.pair, (step, FINETUNE), self._setting)
-        steps = (*network.steps, step, FINETUNE)
-        return self._network(f"{name}, fine-tuned", steps, pair, plan)
+        return self._network(name, (*network.steps, step, FINETUNE), pair, plan)
 
     def _masked(self, network: Network, ladder: Ladder) -> Iterator[Network]:
         """By bisection; channels that are set to zero score as if they were removed."""
@@ -196,7 +200,9 @@ class Search:
             plan = ladder.plan(middle)
             self._tick(f"compress: {self._name(plan)}{self._so_far()}")
             masked = prune.apply(params, plan.masks(params))
-            if not self._fits(score_of(self._asked.evaluate, fn, masked)):
+            score = score_of(self._asked.evaluate, fn, masked)
+            if not self._fits(score):
+                self._over(self._name(plan), score)
                 high = middle
                 continue
             low, step = middle, {"transform": "prune", "plan": plan.to_dict()}
