@@ -282,6 +282,19 @@ def test_layers_that_8_bits_spoil_stay_in_floating_point():
     assert len(step["kernels"]) < 3
 
 
+def test_an_error_of_evaluate_is_raised_where_layers_are_tried_too():
+    params, score = spoilt(parameters()), closeness(spoilt(parameters()))
+
+    def evaluate(fn: Any, params: Any) -> float:
+        kernels = [row.where for row in fn.report.rows] if hasattr(fn, "report") else []
+        if kernels == ["b/kernel"]:
+            raise ValueError("of my own")
+        return score(fn, params)
+
+    with pytest.raises(ValueError, match="of my own"):
+        compressed(params, evaluate, max_drop=0.03)
+
+
 def test_where_everything_costs_the_function_is_as_given():
     params = parameters()
     worse = lambda fn, p: 0.0 if fn is net else -1.0

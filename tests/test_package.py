@@ -19,6 +19,7 @@ LAYERS = [
         "_apart",
         "_progress",
         "_recipe",
+        "_stored",
         "_graph",
         "_slices",
         "_trace",
@@ -30,7 +31,7 @@ LAYERS = [
         "_labels",
     ),
     "_shrink",
-    *("_table", "_forms", "_tuned", "_timing", "_choices", "_forms_report", "_autotune"),
+    *("_table", "_figure", "_forms", "_tuned", "_timing", "_choices", "_forms_report", "_autotune"),
     *("_groups", "_check_rule", "fold", "_select", "_functional", "measure", "quantize", "prune"),
     *("export", "_compress", "_commands", "__main__"),
 ]

@@ -12,12 +12,10 @@ from jaxaccel._compress._report import Report as Report
 from jaxaccel._compress._report import Target
 from jaxaccel._compress._search import Asked, Search
 from jaxaccel._progress import bar
-from jaxaccel.export._engines import imported
+from jaxaccel.export._engines import Engine, imported
 from jaxaccel.quantize._calibrate import first
 from jaxaccel.quantize._mixed import Evaluate
 from jaxaccel.quantize._traced import check_params
-
-_ENGINES = ("xla", "onnxruntime", "openvino")
 
 
 class Compressed(NamedTuple):
@@ -136,8 +134,8 @@ def _check(
         )
     if not 0 <= max_drop < float("inf"):
         raise ValueError(f"max_drop={max_drop!r} must be >= 0, in units of the score")
-    if isinstance(engines, str) or not engines or not {*engines} <= {*_ENGINES}:
-        known = ", ".join(map(repr, _ENGINES))
+    if isinstance(engines, str) or not engines or not {*engines} <= {*get_args(Engine)}:
+        known = ", ".join(map(repr, get_args(Engine)))
         raise ValueError(f"engines={engines!r} must be a sequence of some of {known}")
     if not 0 < keep < 1:
         raise ValueError(f"keep={keep!r} must be a share in (0, 1)")

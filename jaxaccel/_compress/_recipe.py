@@ -1,6 +1,5 @@
 """The steps that made a compressed function, as data, and the same steps again."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from jaxaccel import _stored
 from jaxaccel._autotune import autotune
 from jaxaccel._recipe import with_step
 from jaxaccel.prune import Plan
@@ -154,13 +154,7 @@ class Recipe:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes it as JSON, whole or not at all."""
-        path = Path(path)
-        part = path.with_name(f"{path.name}.part")
-        try:
-            part.write_text(json.dumps(self.to_dict()))
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        _stored.write(Path(path), self.to_dict())
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Recipe":
@@ -169,17 +163,8 @@ class Recipe:
         Raises:
             ValueError: the file is no recipe, of another version, or damaged.
         """
-        try:
-            found = json.loads(Path(path).read_text())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not a saved recipe: {error}") from None
-        if not isinstance(found, dict) or found.get("format") != _FORMAT:
-            raise ValueError(f"{path}: not a saved recipe: it has no format {_FORMAT!r}")
-        if found.get("version") != _VERSION:
-            raise ValueError(
-                f"{path}: version {found.get('version')!r} of the format; this jaxaccel reads "
-                f"version {_VERSION}"
-            )
+        found = _stored.read(Path(path), "recipe")
+        _stored.check(found, path, "recipe", _FORMAT, _VERSION)
         steps, engine = found.get("steps"), found.get("engine")
         if not isinstance(steps, list) or not isinstance(engine, str):
             raise ValueError(f"{path}: damaged: steps must be a list, engine a string")

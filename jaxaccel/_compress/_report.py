@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from jaxaccel._compress._ladder import Moved
 from jaxaccel._compress._recipe import Recipe
+from jaxaccel._figure import figure, save
 from jaxaccel._table import Style, table
 
 Target: TypeAlias = Literal["latency", "bytes", "flops"]
@@ -137,14 +138,9 @@ class Report:
         Raises:
             ImportError: where matplotlib is absent.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            fix = "plot: matplotlib is not installed; pip install 'jaxaccel[experiments]'"
-            raise ImportError(fix) from error
-        figure = Figure(figsize=(7, 4.5))
-        _draw(figure.add_subplot(), self)
-        figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.15)
+        drawn = figure(7, 4.5)
+        _draw(drawn.add_subplot(), self)
+        save(drawn, path)
 
     def _page(self, style: Style) -> str:
         head = f"{self.device}; jax {self.jax_version}; {self.date}; {self.seconds:.0f} s"

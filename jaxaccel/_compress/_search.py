@@ -18,7 +18,7 @@ from jaxaccel._compress._report import Candidate, Report, Target
 from jaxaccel.measure import Comparison, compare
 from jaxaccel.quantize import mixed
 from jaxaccel.quantize._calibrate import arguments
-from jaxaccel.quantize._mixed import Evaluate, score_of
+from jaxaccel.quantize._mixed import Evaluate, OverBudgetError, score_of
 from jaxaccel.quantize._qtensor import is_qtensor
 
 FOLD: Step = {"transform": "fold.batchnorm"}
@@ -40,7 +40,7 @@ _FINISHES: dict[Target, dict[str, Step]] = {
     },
     "flops": {"float": FOLD},
 }
-# What transforms and engines raise where they cannot do something.
+# What an engine, and the way to it, raises where it cannot do something.
 _REFUSED = (NotImplementedError, TypeError, ValueError, RuntimeError)
 
 
@@ -233,7 +233,7 @@ class Search:
         try:
             self._tick(f"compress: {network.name}, {name}{self._so_far()}")
             pair = done(network.pair, steps, self._setting)
-        except _REFUSED as error:
+        except ValueError as error:  # nothing to quantize, or a collision of names
             self._left_out.append(f"{network.name}, {name}: {_line(error)}")
             return
         if name == "int8":
@@ -249,7 +249,7 @@ class Search:
                 continue
             try:
                 held = export.compile(*pair, *self._asked.example, engine=engine)  # pyright: ignore[reportArgumentType]
-            except (ImportError, *_REFUSED) as error:
+            except _REFUSED as error:
                 self._left_out.append(f"{network.name}, {name}, on {engine}: {_line(error)}")
                 continue
             self._add(network, name, engine, steps, pair, held)
@@ -294,10 +294,12 @@ class Search:
         """In the smallest network that 8 bits put over the budget, some layers as they were."""
         if self._asked.target != "latency":
             return
-        within = {one.name for one in self.candidates if self._fits(one.score)}
         for network in reversed(self._networks):
-            if f"{network.name}, int8" in within:
+            scores = self._int8(network)
+            if any(map(self._fits, scores)):
                 return
+            if not scores:
+                continue  # refused
             room = network.score - (self._original.score - self._asked.max_drop)
             try:
                 pair = mixed(
@@ -307,13 +309,18 @@ class Search:
                     max_drop=max(room, 0.0),
                     progress=False,
                 )
-            except _REFUSED as error:
+            except OverBudgetError as error:
                 self._left_out.append(f"{network.name}, int8 but for some layers: {_line(error)}")
                 continue
             kernels = list(dict.fromkeys(row.where for row in pair[0].report.rows))
             steps = ({**INT8, "kernels": kernels},)
             self._on_engines(network, "int8 but for some layers", steps, pair)
             return
+
+    def _int8(self, network: Network) -> list[float]:
+        """The scores of a network in 8 bits, by engine."""
+        made = zip(self.candidates, self._made, strict=True)
+        return [one.score for one, of in made if of is network and one.name.endswith(", int8")]
 
     def _telling(self, what: str) -> Evaluate:
         """`evaluate`, which says so each time."""

@@ -178,6 +178,7 @@ def started(engine: str, content: bytes) -> Run:
 
 
 def imported(engine: str) -> Any:
+    """The package of an engine; raises an ImportError that names it."""
     modules, reports = cast(dict[str, Any], sys.modules), "openvino_telemetry"
     known = reports in modules
     # openvino would report its use, by a process that it forks.

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
+from jaxaccel._figure import figure, save
 from jaxaccel._progress import bar
 from jaxaccel._table import Style, table
 from jaxaccel.measure._cost import parameter_size
@@ -89,16 +90,10 @@ class Comparison:
         Raises:
             ImportError: where matplotlib is absent.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            fix = "plot: matplotlib is not installed; pip install 'jaxaccel[experiments]'"
-            raise ImportError(fix) from error
         lines = max(_wrapped(row.name).count("\n") + 1 for row in self.rows)
-        figure = Figure(figsize=(6, 0.6 + (0.25 + 0.17 * lines) * len(self.rows)))
-        _draw(figure.add_subplot(), self)
-        # The figure grows by what the labels need, so that a long name is not cut.
-        figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.15)
+        drawn = figure(6, 0.6 + (0.25 + 0.17 * lines) * len(self.rows))
+        _draw(drawn.add_subplot(), self)
+        save(drawn, path)
 
     def _header(self) -> str:
         return f"{self.device}; jax {self.jax_version}; {self.date}"

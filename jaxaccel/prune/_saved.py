@@ -1,7 +1,5 @@
 """Plans as JSON: nothing in the file is run, and its numbers must agree with each other."""
 
-import json
-import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxaccel import _stored
 from jaxaccel.prune._paths import Kept, Shapes, small_shape
 
 _FORMAT, _VERSION = "jaxaccel.prune.Plan", 1
@@ -16,12 +15,7 @@ _FORMAT, _VERSION = "jaxaccel.prune.Plan", 1
 
 def write(path: Path, fields: Mapping[str, Any]) -> None:
     """Writes the whole file or nothing."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(json.dumps(content(fields)))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    _stored.write(path, content(fields))
 
 
 def content(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,22 +33,12 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is no plan, of another version, or damaged.
     """
-    try:
-        found = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a saved plan: {error}") from None
-    return checked(found, path)
+    return checked(_stored.read(path, "plan"), path)
 
 
 def checked(found: Any, path: str | Path) -> dict[str, Any]:
     """The fields of what `content` gave, read from somewhere; raises as `read`."""
-    if not isinstance(found, dict) or found.get("format") != _FORMAT:
-        raise ValueError(f"{path}: not a saved plan: it has no format {_FORMAT!r}")
-    if found.get("version") != _VERSION:
-        raise ValueError(
-            f"{path}: version {found.get('version')!r} of the format; this jaxaccel reads "
-            f"version {_VERSION}"
-        )
+    _stored.check(found, path, "plan", _FORMAT, _VERSION)
     try:
         return _fields(found)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:

@@ -15,6 +15,10 @@ from jaxaccel.quantize._transform import int8
 Evaluate = Callable[[Callable, PyTree], float]
 
 
+class OverBudgetError(ValueError):
+    """No layer can be in 8 bits within the budget."""
+
+
 class Cost(NamedTuple):
     """What one kernel in 8 bits costs: `score` with it alone, and the `drop` from the original."""
 
@@ -134,7 +138,7 @@ def mixed(
         else:
             low = middle
     if best is None:
-        raise ValueError(
+        raise OverBudgetError(
             f"max_drop={max_drop}: even {order[-1]} alone in 8 bits costs more; allow more, or "
             "train with jx.quantize.fake"
         )
